@@ -1,0 +1,120 @@
+// The CPU kernels' front: the walk, the instruction set, the threads, and the last step of a reduction.
+#include <atomic>
+#include <cstring>
+
+#include "isa.h"
+
+namespace genkern {
+namespace {
+
+struct Isa {
+  const char* name;
+  void (*map)(const MapArgs&, const Walk&, int64_t, int64_t);
+  void (*reduce)(const ReduceCpu&, int64_t, int64_t);
+  bool supported;
+};
+
+// The widest last.
+const Isa* isa_table(int* count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, true},
+                              {"avx2", avx2::map_tasks, avx2::reduce_tasks, has_avx2},
+                              {"avx512", avx512::map_tasks, avx512::reduce_tasks, has_avx512}};
+#else
+  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, true}};
+#endif
+  *count = sizeof table / sizeof table[0];
+  return table;
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa = [] {
+    int count;
+    const Isa* table = isa_table(&count);
+    const Isa* best = table;
+    for (int i = 0; i < count; ++i)
+      if (table[i].supported) best = table + i;
+    return best;
+  }();
+  return isa;
+}
+
+struct MapContext {
+  const MapArgs* args;
+  const Walk* walk;
+  const Isa* isa;
+};
+
+struct ReduceContext {
+  ReduceCpu args;
+  const Isa* isa;
+};
+
+// Below this a second thread costs more than it brings.
+constexpr int64_t kGrainElements = 4 * kChunk;
+
+int64_t grain(const Walk& walk) {
+  const int64_t elements = walk.n < kChunk ? walk.n : kChunk;
+  return (kGrainElements + elements - 1) / elements;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return chosen().load()->name; }
+
+bool select_cpu_isa(const char* name) {
+  int count;
+  const Isa* table = isa_table(&count);
+  for (int i = 0; i < count; ++i) {
+    if (table[i].supported && std::strcmp(table[i].name, name) == 0) {
+      chosen().store(table + i);
+      return true;
+    }
+  }
+  return false;
+}
+
+void map_cpu(const MapArgs& args, const Parallel& parallel) {
+  const Walk walk = make_walk(args, /*keep_samples=*/false);
+  if (walk.batch == 0 || walk.n == 0) return;
+  MapContext context{&args, &walk, chosen().load()};
+  parallel.run(walk.batch * chunks_per_sample(walk.n), grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
+    const auto* context = static_cast<const MapContext*>(c);
+    context->isa->map(*context->args, *context->walk, begin, end);
+  });
+}
+
+size_t reduce_workspace_cpu(const MapArgs& args) {
+  const Walk walk = make_walk(args, /*keep_samples=*/true);
+  return static_cast<size_t>(walk.batch * chunks_per_sample(walk.n)) * 2 * sizeof(double);
+}
+
+void reduce_cpu(const ReduceArgs& args, const Parallel& parallel) {
+  const Walk walk = make_walk(args.map, /*keep_samples=*/true);
+  const int64_t chunks = chunks_per_sample(walk.n);
+  auto* partials = static_cast<double*>(args.workspace);
+  if (walk.batch > 0 && walk.n > 0) {
+    ReduceContext context{{&args.map, &walk, args.rho, partials}, chosen().load()};
+    parallel.run(walk.batch * chunks, grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
+      const auto* context = static_cast<const ReduceContext*>(c);
+      context->isa->reduce(context->args, begin, end);
+    });
+  }
+  for (int64_t b = 0; b < walk.batch; ++b) {
+    for (int which = 0; which < 2; ++which) {
+      double sum = 0.0;
+      for (int64_t c = 0; c < chunks; ++c) sum += partials[2 * (b * chunks + c) + which];
+      if (args.map.f64)
+        static_cast<double*>(args.sums)[2 * b + which] = sum;
+      else
+        static_cast<float*>(args.sums)[2 * b + which] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace genkern

@@ -1,0 +1,232 @@
+// torch.ops.genkern.*: schemas, allocation, device and stream, on the LibTorch stable ABI (no ATen header).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../faces/call.h"
+
+#ifdef GENKERN_WITH_CUDA
+// Weak, so that the library also loads under a torch without CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
+    __attribute__((weak));
+#endif
+
+namespace {
+
+using genkern::Call;
+using genkern::Element;
+using genkern::expect;
+using genkern::View;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Half: return Element::f16;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::Bool: return Element::boolean;
+    case ScalarType::Long: return Element::int64;
+    default: return Element::other;
+  }
+}
+
+ScalarType scalar_type(int64_t code) {
+  switch (code) {
+    case 0: return ScalarType::Float;
+    case 1: return ScalarType::Half;
+    case 2: return ScalarType::BFloat16;
+    case 3: return ScalarType::Double;
+    default: break;
+  }
+  expect(false, "out_dtypes: expected 0 (float32), 1 (float16), 2 (bfloat16) or 3 (float64), got ", code);
+  return ScalarType::Float;
+}
+
+View view(const Tensor& t) {
+  return {t.data_ptr(),
+          element_of(t.scalar_type()),
+          {t.is_cuda(), t.is_cuda() ? t.get_device_index() : 0},
+          static_cast<int32_t>(t.dim()),
+          t.sizes().data(),
+          t.strides().data()};
+}
+
+genkern::MaybeView view(const MaybeTensor& t) { return t ? genkern::MaybeView(view(*t)) : std::nullopt; }
+
+std::vector<View> view(const Tensors& ts) {
+  std::vector<View> views;
+  for (const Tensor& t : ts) views.push_back(view(t));
+  return views;
+}
+
+// Allocates like t, in another dtype: a dense tensor's strides are kept.
+Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(t),
+                                    from(std::optional<ScalarType>(dtype)),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+const genkern::Parallel kTorchThreads{[](int64_t count, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}};
+
+// Runs cpu() or cuda(stream), the latter on the tensor's device and the current stream.
+template <typename Cpu, typename Cuda>
+void run_on(const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (like.is_cpu()) return cpu();
+  expect(like.is_cuda(), "x: expected a tensor on the CPU or on a CUDA device");
+#ifdef GENKERN_WITH_CUDA
+  expect(aoti_torch_get_current_cuda_stream != nullptr, "x: this torch has no CUDA");
+  const int32_t device = like.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error = cuda(stream);
+  expect(error == nullptr, "genkern: the kernel could not be launched: ", error);
+#else
+  expect(false, "x: is on a CUDA device, but genkern was built without CUDA; rebuild it where nvcc is found");
+#endif
+}
+
+void run_map(const Call& call, const Tensor& like) {
+  const genkern::MapArgs args = genkern::make_args(call);
+  run_on(
+      like, [&] { genkern::map_cpu(args, kTorchThreads); },
+      [&]([[maybe_unused]] void* stream) -> const char* {
+#ifdef GENKERN_WITH_CUDA
+        return genkern::map_cuda(args, stream);
+#else
+        return nullptr;
+#endif
+      });
+}
+
+// The tensor whose shape, device and strides the outputs take; null for a row of noise alone.
+const Tensor* like_of(const MaybeTensor& x, const MaybeTensor& m, const MaybeTensor& z) {
+  return x ? &*x : m ? &*m : z ? &*z : nullptr;
+}
+
+Tensors map(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row, MaybeTensor table,
+            MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula, int64_t noise, Ints key,
+            MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Ints out_dtypes, std::optional<Ints> size,
+            std::optional<torch::stable::Device> device) {
+  const Tensor* like = like_of(x, m, z);
+  expect(like != nullptr || (size && device), "x: expected x, m or z, or a size and a device");
+  Tensors outs;
+  for (const int64_t code : out_dtypes) {
+    const ScalarType dtype = scalar_type(code);
+    outs.push_back(like != nullptr ? empty_like(*like, dtype) : torch::stable::empty(*size, dtype, std::nullopt, device));
+  }
+  expect(!outs.empty(), "out_dtypes: expected 1 to 3 entries, got 0");
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
+           formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(outs)},
+          outs[0]);
+  return outs;
+}
+
+void map_out(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row, MaybeTensor table,
+             MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula, int64_t noise, Ints key,
+             MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out) {
+  expect(!out.empty(), "out: expected 1 to 3 outputs, got 0");
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
+           formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(out)},
+          out[0]);
+}
+
+std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row,
+                                  MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales,
+                                  int64_t formula, int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids,
+                                  bool use_pred, MaybeTensor mask, int64_t kind) {
+  const Tensor* like = like_of(x, m, z);
+  expect(like != nullptr, "x: expected x, m or z");
+  expect(kind == 0 || kind == 1, "kind: expected 0 (squares) or 1 (absolute values), got ", kind);
+  Tensor residual = empty_like(*like, m ? m->scalar_type() : like->scalar_type());
+  const Call call{view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
+                  formula, noise, key, view(device_key), view(sample_ids), use_pred, view(mask), {view(residual)}};
+  genkern::ReduceArgs args;
+  args.map = genkern::make_args(call);
+  args.rho = static_cast<genkern::Rho>(kind);
+  const std::vector<int64_t> size{args.map.sizes[0], 2};
+  Tensor sums =
+      torch::stable::empty(size, args.map.f64 ? ScalarType::Double : ScalarType::Float, std::nullopt, like->device());
+  args.sums = sums.data_ptr();
+  auto workspace = [&](size_t bytes) {
+    const std::vector<int64_t> doubles{static_cast<int64_t>(bytes / sizeof(double))};
+    Tensor t = torch::stable::empty(doubles, ScalarType::Double, std::nullopt, like->device());
+    args.workspace = t.data_ptr();
+    return t;
+  };
+  run_on(
+      residual,
+      [&] {
+        const Tensor kept = workspace(genkern::reduce_workspace_cpu(args.map));
+        genkern::reduce_cpu(args, kTorchThreads);
+      },
+      [&]([[maybe_unused]] void* stream) -> const char* {
+#ifdef GENKERN_WITH_CUDA
+        const Tensor kept = workspace(genkern::reduce_workspace_cuda(args.map));
+        return genkern::reduce_cuda(args, stream);
+#else
+        return nullptr;
+#endif
+      });
+  return {residual, sums};
+}
+
+// The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.
+std::string cpu_isa(std::string select) {
+  expect(select.empty() || genkern::select_cpu_isa(select.c_str()), "select: this CPU has no ", select);
+  return genkern::cpu_isa();
+}
+
+bool has_cuda() {
+#ifdef GENKERN_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+constexpr const char* kInputsSchema =
+    "Tensor? x, Tensor? m, Tensor? m_uncond, Tensor[] h, Tensor? z, float[] row, Tensor? table, Tensor? index, "
+    "Tensor[] values, int[] cells, float[] scales, int formula, int noise, int[] key, Tensor? device_key, "
+    "Tensor? sample_ids, bool use_pred";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(genkern, library) {
+  const std::string inputs = kInputsSchema;
+  library.def(("map(" + inputs + ", int[] out_dtypes, int[]? size=None, Device? device=None) -> Tensor[]").c_str());
+  library.def(("map_out(" + inputs + ", Tensor(a!)[] out) -> ()").c_str());
+  library.def(("reduce(" + inputs + ", Tensor? mask, int kind) -> (Tensor, Tensor)").c_str());
+  library.def("cpu_isa(str select=\"\") -> str");
+  library.def("has_cuda() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
+  library.impl("map", TORCH_BOX(&map));
+  library.impl("map_out", TORCH_BOX(&map_out));
+  library.impl("reduce", TORCH_BOX(&reduce));
+  library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("has_cuda", TORCH_BOX(&has_cuda));
+}

@@ -1,0 +1,230 @@
+// Random passes through the CPU kernels and the emulated CUDA kernels: map and the residual of reduce agree bit for bit,
+// sums to 1e-5. Prints "passes N" when all do; says which pass differed and exits with 1 otherwise.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace genkern;
+
+namespace {
+
+std::mt19937_64 rng(20240607);
+
+int64_t pick(int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(rng() % static_cast<uint64_t>(hi - lo + 1)); }
+bool chance(double p) { return static_cast<double>(rng() >> 11) * 0x1p-53 < p; }
+
+const Parallel kSerial{[](int64_t count, int64_t, void* context, void (*body)(void*, int64_t, int64_t)) { body(context, 0, count); }};
+
+int size_of_dtype(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : d == DType::u8 ? 1 : 2; }
+
+struct Buffer {
+  std::vector<unsigned char> bytes;
+  std::vector<int64_t> strides;
+  int64_t offset = 0;
+  Array array(DType dtype) { return {bytes.data() + 64 + offset * size_of_dtype(dtype), dtype, strides.data()}; }
+};
+
+// Strides of a random dense permutation, sometimes with gaps, sometimes expanded.
+Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::vector<int>& order, bool expanded, bool random) {
+  Buffer buffer;
+  buffer.strides.assign(sizes.size(), 0);
+  int64_t step = 1;
+  const bool gap = chance(0.15);
+  for (int d : order) {
+    if (expanded && chance(0.4)) continue;
+    buffer.strides[d] = step;
+    step *= sizes[d];
+    if (gap && chance(0.5)) step += 3;
+  }
+  buffer.offset = chance(0.3) ? pick(1, 3) : 0;
+  buffer.bytes.assign((step + 8) * 8 + 128, 0xa5);
+  if (!random) return buffer;
+  std::normal_distribution<double> normal;
+  auto* p = buffer.bytes.data() + 64 + buffer.offset * size_of_dtype(dtype);
+  for (int64_t i = 0; i < step; ++i) {
+    const double v = normal(rng);
+    if (dtype == DType::f64) reinterpret_cast<double*>(p)[i] = v;
+    if (dtype == DType::f32) reinterpret_cast<float*>(p)[i] = static_cast<float>(v);
+    if (dtype == DType::u8) p[i] = v > 0;
+    // A random half of moderate size: its bits drawn directly, the exponent kept away from infinity.
+    if (dtype == DType::f16) reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(rng() & 0xbfffu);
+    if (dtype == DType::bf16) reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>((rng() & 0x807fu) | (pick(110, 130) << 7));
+  }
+  return buffer;
+}
+
+DType random_dtype(bool f64) {
+  static const DType kFloat[] = {DType::f32, DType::f16, DType::bf16};
+  return f64 && chance(0.6) ? DType::f64 : kFloat[pick(0, 2)];
+}
+
+struct Pass {
+  MapArgs args;
+  std::vector<Buffer> buffers = std::vector<Buffer>(kInputs + kMaxOuts);
+  std::vector<double> table64;
+  std::vector<float> table32;
+  std::vector<int64_t> index, ids, key;
+  std::vector<std::vector<double>> values;
+};
+
+void build(Pass& pass, bool reduce) {
+  MapArgs& args = pass.args;
+  std::vector<int64_t> sizes{pick(1, chance(0.2) ? 90 : 4)};
+  const int extra = static_cast<int>(pick(0, 3));
+  for (int d = 0; d < extra; ++d) sizes.push_back(chance(0.08) ? pick(200, 700) : pick(1, 9));
+  if (chance(0.03)) sizes.push_back(0);
+  args.ndim = static_cast<int>(sizes.size());
+  std::vector<int> order;
+  for (int d = args.ndim - 1; d >= 0; --d) order.push_back(d);
+  const bool permuted = chance(0.3);
+  if (permuted) std::shuffle(order.begin(), order.end(), rng);
+  for (int d = 0; d < args.ndim; ++d) args.sizes[d] = sizes[d];
+  args.f64 = chance(0.25);
+  const bool halves = !args.f64 && chance(0.3);
+
+  auto give = [&](int k, DType dtype, bool output) {
+    auto my_order = order;
+    if (chance(0.15)) std::shuffle(my_order.begin(), my_order.end(), rng);
+    pass.buffers[k] = make_buffer(sizes, dtype, my_order, !output && chance(0.1), !output);
+    (k < kInputs ? args.in[k] : args.out[k - kInputs]) = pass.buffers[k].array(dtype);
+  };
+  auto dtype = [&] { return halves ? (chance(0.5) ? DType::f16 : DType::bf16) : random_dtype(args.f64); };
+  if (chance(0.8)) give(kX, args.f64 ? DType::f64 : dtype(), false);
+  if (chance(0.8)) give(kM, dtype(), false);
+  if (args.in[kM].data != nullptr && chance(0.3)) give(kMUncond, dtype(), false);
+  for (int k = kH0; k <= kH2; ++k)
+    if (chance(0.25)) give(k, dtype(), false);
+  args.use_pred = (args.in[kX].data != nullptr || args.in[kM].data != nullptr) && chance(0.4);
+  const bool draws = chance(0.5);
+  if (draws) {
+    args.noise.draw_kind = chance(0.8) ? Draw::normal : Draw::uniform;
+    args.noise.seed = rng(), args.noise.stream = rng(), args.noise.draw = static_cast<uint32_t>(rng());
+    if (chance(0.5)) {
+      for (int64_t b = 0; b < sizes[0]; ++b) pass.ids.push_back(static_cast<int64_t>(rng()));
+      args.noise.sample_ids = pass.ids.data();
+    }
+    if (chance(0.3)) {
+      pass.key = {static_cast<int64_t>(rng()), static_cast<int64_t>(rng()), pick(0, 100)};
+      args.noise.device_key = pass.key.data();
+    }
+  } else if (chance(0.5) || (args.in[kX].data == nullptr && args.in[kM].data == nullptr)) {
+    give(kZ, dtype(), false);
+  }
+  if (reduce && chance(0.4)) {
+    give(kMask, chance(0.5) ? DType::u8 : DType::f32, false);
+    // Weights are not negative, so that their sum does not cancel.
+    Buffer& mask = pass.buffers[kMask];
+    if (args.in[kMask].dtype == DType::f32)
+      for (size_t i = 3; i < mask.bytes.size(); i += 4) mask.bytes[i] &= 0x7f;
+  }
+  args.n_out = reduce ? 1 : static_cast<int>(chance(0.6) ? 1 : pick(2, 3));
+  for (int j = 0; j < args.n_out; ++j) give(kInputs + j, dtype(), true);
+
+  RowSource& rows = args.rows;
+  rows.n_cells = kFirstOut + kOutCells * args.n_out;
+  std::normal_distribution<double> normal;
+  for (double& c : rows.base) c = normal(rng);
+  rows.base[kLo] = -0.5, rows.base[kHi] = 0.7;
+  if (chance(0.3)) {
+    const int64_t r = pick(1, 5);
+    for (int64_t c = 0; c < r * rows.n_cells; ++c) {
+      pass.table64.push_back(normal(rng));
+      pass.table32.push_back(static_cast<float>(pass.table64.back()));
+    }
+    rows.table = args.f64 ? static_cast<const void*>(pass.table64.data()) : pass.table32.data();
+    rows.table_rows = r;
+    rows.table_stride = rows.n_cells;
+    const bool one = chance(0.5);
+    for (int64_t b = 0; b < (one ? 1 : sizes[0]); ++b) pass.index.push_back(pick(0, r - 1));
+    rows.index = pass.index.data();
+    rows.index_stride = one ? 0 : 1;
+  } else if (chance(0.6)) {
+    if (chance(0.3)) {
+      rows.formula = static_cast<Formula>(pick(1, 3));
+      rows.base[26] = 0.6, rows.base[27] = 0.8, rows.base[28] = 0.8, rows.base[29] = 0.6, rows.base[30] = 0.5;
+    }
+    rows.n_values = static_cast<int>(pick(1, 4));
+    for (int k = 0; k < rows.n_values; ++k) {
+      const bool one = chance(0.3);
+      pass.values.emplace_back();
+      for (int64_t b = 0; b < (one ? 1 : sizes[0]); ++b) pass.values.back().push_back(normal(rng));
+      const int cell = static_cast<int>(rows.formula != Formula::none && chance(0.5) ? 30 : pick(0, rows.n_cells - 1));
+      rows.values[k] = {nullptr, DType::f64, one ? 0 : 1, cell, chance(0.5) ? 1.0 : 0.5};
+    }
+    for (int k = 0; k < rows.n_values; ++k) rows.values[k].data = pass.values[k].data();
+  }
+}
+
+// NaN has many bit patterns, and which one an operation gives is not part of the contract.
+bool same(const Buffer& a, const Buffer& b, DType dtype) {
+  const size_t n = a.bytes.size() / size_of_dtype(dtype);
+  for (size_t i = 0; i < n; ++i) {
+    const size_t at = i * size_of_dtype(dtype);
+    if (std::memcmp(&a.bytes[at], &b.bytes[at], size_of_dtype(dtype)) == 0) continue;
+    return false;
+  }
+  return true;
+}
+
+int fail(int number, const MapArgs& args, const char* what) {
+  std::printf("pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d\n", number, what,
+              args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
+              static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values);
+  return 1;
+}
+
+int check(int number) {
+  Pass pass;
+  const bool reduce = chance(0.4);
+  build(pass, reduce);
+  MapArgs& args = pass.args;
+  auto run = [&](bool cuda, std::vector<double>& sums) -> std::vector<Buffer> {
+    std::vector<Buffer> outs(pass.buffers.begin() + kInputs, pass.buffers.end());
+    for (int j = 0; j < args.n_out; ++j) args.out[j] = outs[j].array(args.out[j].dtype);
+    if (!reduce) {
+      cuda ? static_cast<void>(map_cuda(args, nullptr)) : map_cpu(args, kSerial);
+    } else {
+      ReduceArgs r;
+      r.map = args;
+      r.rho = number % 2 != 0 ? Rho::square : Rho::absolute;
+      std::vector<double> raw(2 * args.sizes[0] + 2), workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1);
+      r.sums = raw.data(), r.workspace = workspace.data();
+      cuda ? static_cast<void>(reduce_cuda(r, nullptr)) : reduce_cpu(r, kSerial);
+      for (int64_t i = 0; i < 2 * args.sizes[0]; ++i)
+        sums.push_back(args.f64 ? raw[i] : reinterpret_cast<const float*>(raw.data())[i]);
+    }
+    return outs;
+  };
+  std::vector<double> cpu_sums, cuda_sums;
+  const std::vector<Buffer> cuda = run(true, cuda_sums);
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    if (!select_cpu_isa(isa)) continue;
+    std::vector<double> sums;
+    const std::vector<Buffer> cpu = run(false, sums);
+    for (int j = 0; j < args.n_out; ++j)
+      if (!same(cpu[j], cuda[j], args.out[j].dtype)) return fail(number, args, isa);
+    if (!cpu_sums.empty() && sums != cpu_sums) return fail(number, args, "sums between instruction sets");
+    cpu_sums = sums;
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const double scale = std::fmax(1e-6, std::fabs(sums[i]));
+      if (!(std::fabs(sums[i] - cuda_sums[i]) <= 1e-5 * scale)) return fail(number, args, "sums");
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 500;
+  for (int i = 0; i < count; ++i)
+    if (check(i) != 0) return 1;
+  std::printf("passes %d\n", count);
+}
