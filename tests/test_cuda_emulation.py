@@ -18,7 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "native" / "emulation"
 KERNELS = ROOT / "csrc" / "kernels"
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-I{EMULATION}", f"-I{KERNELS}"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    f"-I{EMULATION}",
+    f"-I{KERNELS}",
+]
 ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -40,9 +48,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs: list[list[str]] = []
     for kernel in ("map", "reduce"):
         emulated = build / f"{kernel}_cuda.cpp"
-        subprocess.run(
-            [sys.executable, EMULATION / "prepare.py", KERNELS / f"{kernel}_cuda.cu", emulated], check=True
-        )
+        subprocess.run([sys.executable, EMULATION / "prepare.py", KERNELS / f"{kernel}_cuda.cu", emulated], check=True)
         jobs.append([*FLAGS, "-mfma", "-c", str(emulated), "-o", str(build / f"{kernel}_cuda.o")])
         for isa, flags in ISA_FLAGS.items():
             source, target = KERNELS / f"{kernel}_cpu.cpp", build / f"{kernel}_{isa}.o"

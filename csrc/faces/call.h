@@ -1,4 +1,5 @@
-// What both faces (torch, arrays) share: the arguments of a call as plain views, checked and turned into kernel arguments.
+// What both faces (torch, arrays) share: the arguments of a call as plain views, checked and turned into kernel
+// arguments.
 //
 // The checks guard the raw entry points: shapes, types, devices and lengths, so that no call reads what it must not.
 // genkern/check.py words the errors that users of gk.ops meet.
@@ -125,7 +126,8 @@ inline void set_table(const Call& call, const View& like, int n_cells, int64_t b
     rows.index_stride = n == 1 ? 0 : 1;
     rows.table_stride = n_cells;
   } else {
-    expect(table.sizes[0] == 1 || table.sizes[0] == batch, "table: expected 1 or ", batch, " rows, got ", table.sizes[0]);
+    expect(table.sizes[0] == 1 || table.sizes[0] == batch, "table: expected 1 or ", batch, " rows, got ",
+           table.sizes[0]);
     rows.table_stride = table.sizes[0] == 1 ? 0 : n_cells;
   }
 }
@@ -141,7 +143,8 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
   const size_t expected = formula ? kAllCells : n_cells;
   expect(call.row.size() == expected, "row: expected ", expected, " cells, got ", call.row.size());
   for (size_t c = 0; c < expected; ++c) rows.base[c] = call.row[c];
-  expect(call.values.size() == call.cells.size() && call.values.size() == call.scales.size() && call.values.size() <= kMaxValues,
+  expect(call.values.size() == call.cells.size() && call.values.size() == call.scales.size() &&
+             call.values.size() <= kMaxValues,
          "values: expected as many cells and scales, at most ", kMaxValues);
   rows.n_values = static_cast<int32_t>(call.values.size());
   for (int32_t k = 0; k < rows.n_values; ++k) {
@@ -152,7 +155,8 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
            " is no cell of this row");
     expect(n == 1 || n == batch, "values: expected 1 or ", batch, " elements, got ", n);
     const DType dtype = floating(value, "values");
-    expect((dtype == DType::f32 || dtype == DType::f64) && value.contiguous(), "values: expected contiguous float32 or float64");
+    expect((dtype == DType::f32 || dtype == DType::f64) && value.contiguous(),
+           "values: expected contiguous float32 or float64");
     rows.values[k] = {value.data, dtype, n == 1 ? 0 : 1, static_cast<int32_t>(cell), call.scales[k]};
   }
 }
@@ -171,7 +175,8 @@ inline void set_noise(const Call& call, const View& like, int64_t batch, NoiseSo
     noise.device_key = int64_data(*call.device_key, like, "device_key");
   }
   if (call.sample_ids) {
-    expect(call.sample_ids->numel() == batch, "sample_ids: expected ", batch, " elements, got ", call.sample_ids->numel());
+    expect(call.sample_ids->numel() == batch, "sample_ids: expected ", batch, " elements, got ",
+           call.sample_ids->numel());
     noise.sample_ids = int64_data(*call.sample_ids, like, "sample_ids");
   }
   expect(batch == 0 || like.numel() / batch <= int64_t{1} << 34, "size: expected at most 2^34 elements a sample");
@@ -200,7 +205,8 @@ inline MapArgs make_args(const Call& call) {
   auto set = [&](int input, const MaybeView& v, const char* name) {
     if (!v) return;
     args.in[input] = array_of(*v, like, name);
-    expect(args.f64 || args.in[input].dtype != DType::f64, name, ": expected no float64 beside a state of lower precision");
+    expect(args.f64 || args.in[input].dtype != DType::f64, name,
+           ": expected no float64 beside a state of lower precision");
   };
   set(kX, call.x, "x");
   set(kM, call.m, "m");

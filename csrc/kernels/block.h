@@ -1,5 +1,6 @@
-// A row applied to one block of a sample on the CPU: terms are brought into float (double) buffers that stay in the first
-// cache, combined by one loop a row of N terms, and stored. Plain loops that the compiler vectorises for GENKERN_ISA.
+// A row applied to one block of a sample on the CPU: terms are brought into float (double) buffers that stay in the
+// first cache, combined by one loop a row of N terms, and stored. Plain loops that the compiler vectorises for
+// GENKERN_ISA.
 #pragma once
 
 #include "half.h"
@@ -88,8 +89,12 @@ const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
   switch (array.dtype) {
     case DType::f32: gather<Acc, float>(span, k, array.data, buffer, [](float v) { return v; }); break;
     case DType::f64: gather<Acc, double>(span, k, array.data, buffer, [](double v) { return v; }); break;
-    case DType::f16: gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return half_to_float(v); }); break;
-    case DType::bf16: gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return bf16_to_float(v); }); break;
+    case DType::f16:
+      gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return half_to_float(v); });
+      break;
+    case DType::bf16:
+      gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return bf16_to_float(v); });
+      break;
     case DType::u8: gather<Acc, uint8_t>(span, k, array.data, buffer, [](uint8_t v) { return v != 0 ? 1 : 0; }); break;
   }
   return buffer;
@@ -98,8 +103,12 @@ const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
 template <typename Acc>
 void store(const Span& span, int k, const Array& array, const Acc* values) {
   switch (array.dtype) {
-    case DType::f32: scatter<Acc, float>(span, k, values, array.data, [](Acc v) { return static_cast<float>(v); }); break;
-    case DType::f64: scatter<Acc, double>(span, k, values, array.data, [](Acc v) { return static_cast<double>(v); }); break;
+    case DType::f32:
+      scatter<Acc, float>(span, k, values, array.data, [](Acc v) { return static_cast<float>(v); });
+      break;
+    case DType::f64:
+      scatter<Acc, double>(span, k, values, array.data, [](Acc v) { return static_cast<double>(v); });
+      break;
     case DType::f16:
       scatter<Acc, uint16_t>(span, k, values, array.data, [](Acc v) { return float_to_half(static_cast<float>(v)); });
       break;

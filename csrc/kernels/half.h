@@ -1,5 +1,6 @@
-// float16 and bfloat16 to and from float32, rounded to nearest even: on the CPU in integer arithmetic, which has the bits of
-// the hardware's conversions (NaN's payload aside) and vectorises on every instruction set; on CUDA the hardware's own.
+// float16 and bfloat16 to and from float32, rounded to nearest even: on the CPU in integer arithmetic, which has the
+// bits of the hardware's conversions (NaN's payload aside) and vectorises on every instruction set; on CUDA the
+// hardware's own.
 #pragma once
 
 #include "platform.h"
@@ -52,7 +53,7 @@ GENKERN_HD uint16_t float_to_half(float f) {
   // Below 2^-14: adding 1/2 leaves the rounded subnormal in the low bits.
   const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
   uint32_t h = a < (113u << 23) ? subnormal : normal;
-  h = a >= (143u << 23) ? 0x7c00u : h;         // 65536 and above; 65520 to 65536 rounds up into it by itself
+  h = a >= (143u << 23) ? 0x7c00u : h;  // 65536 and above; 65520 to 65536 rounds up into it by itself
   h = a > 0x7f800000u ? (0x7e00u | ((a >> 13) & 0x3ffu)) : h;
   return static_cast<uint16_t>(h | sign);
 #endif

@@ -1,6 +1,6 @@
 // The CPU kernels' entries, one namespace an instruction set: the *_cpu.cpp files are compiled once for each, with
-// GENKERN_ISA naming it. Everything else those files use has internal linkage, so that the linker never picks a function
-// compiled for a newer CPU.
+// GENKERN_ISA naming it. Everything else those files use has internal linkage, so that the linker never picks a
+// function compiled for a newer CPU.
 #pragma once
 
 #include "layout.h"

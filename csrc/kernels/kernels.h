@@ -4,7 +4,8 @@
 //   y     = clamp(a x + b m, lo, hi)
 //   out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
 //
-// map applies a row of coefficients; reduce applies one with one output, writes it and sums rho of it over each sample.
+// map applies a row of coefficients; reduce applies one with one output, the residual r,
+// writes mask * r (mask * sign(r) for absolute values) and sums mask * rho(r) over each sample.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +15,10 @@ namespace genkern {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, u8 = 4 };
 
-constexpr int kMaxDims = 16;   // of a tensor, the batch included
+constexpr int kMaxDims = 16;  // of a tensor, the batch included
 constexpr int kMaxH = 3;
 constexpr int kMaxOuts = 3;
-constexpr int kMaxValues = 12; // coefficients that vary by sample
+constexpr int kMaxValues = 12;  // coefficients that vary by sample
 
 // The inputs of a pass, in the order in which its terms are added.
 enum Input { kX, kM, kMUncond, kH0, kH1, kH2, kZ, kMask, kInputs };
@@ -86,9 +87,9 @@ struct MapArgs {
 };
 
 struct ReduceArgs {
-  MapArgs map;     // one output: the residual
+  MapArgs map;  // one output: the residual
   Rho rho = Rho::square;
-  void* sums = nullptr;       // [B, 2] of the arithmetic's type: sum of rho, number of unmasked elements
+  void* sums = nullptr;       // [B, 2] of the arithmetic's type: sum of mask * rho, sum of the mask (n without one)
   void* workspace = nullptr;  // reduce_workspace() bytes
 };
 

@@ -1,7 +1,7 @@
 // From sizes and strides to one canonical walk: sample by sample, and inside a sample in the order of memory.
 //
-// Element i of a sample is its C-order index whatever the strides, and the noise needs that index: it is carried along as
-// one more array, whose strides are the C-order ones. Dimensions are sorted by the first output's strides and merged
+// Element i of a sample is its C-order index whatever the strides, and the noise needs that index: it is carried along
+// as one more array, whose strides are the C-order ones. Dimensions are sorted by the first output's strides and merged
 // where every array allows it. A walk that ends with one dimension of stride 1 everywhere is `linear`.
 #pragma once
 
@@ -54,8 +54,7 @@ inline Walk make_walk(const MapArgs& args, bool keep_samples) {
     if (k == kIndex) return c_order[d];
     return given(args, k) ? array_of(args, k).strides[d] : int64_t{0};
   };
-  for (int k = 0; k < kWalkArrays; ++k)
-    walk.batch_stride[k] = merge_batch || k == kIndex ? 0 : stride(k, 0);
+  for (int k = 0; k < kWalkArrays; ++k) walk.batch_stride[k] = merge_batch || k == kIndex ? 0 : stride(k, 0);
 
   int order[kMaxDims];
   int ndim = 0;

@@ -12,13 +12,14 @@ void map_typed(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end
   const bool in_place = walk.linear && args.out[last].dtype == dtype_of<Acc>();
   for_each_block<Acc>(args, walk, begin, end,
                       [&](int64_t, const Span& span, const Acc* cells, const SampleNoise& noise) {
-    Acc* direct = nullptr;
-    if (in_place) direct = static_cast<Acc*>(args.out[last].data) + linear_offset(span, kInputs + last);
-    const Acc* result[kMaxOuts];
-    apply_row(args, span, cells, noise, buffers, direct, result);
-    for (int j = 0; j < args.n_out; ++j)
-      if (result[j] != direct) store(span, kInputs + j, args.out[j], result[j]);
-  });
+                        Acc* direct = nullptr;
+                        if (in_place)
+                          direct = static_cast<Acc*>(args.out[last].data) + linear_offset(span, kInputs + last);
+                        const Acc* result[kMaxOuts];
+                        apply_row(args, span, cells, noise, buffers, direct, result);
+                        for (int j = 0; j < args.n_out; ++j)
+                          if (result[j] != direct) store(span, kInputs + j, args.out[j], result[j]);
+                      });
 }
 
 }  // namespace

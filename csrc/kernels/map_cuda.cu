@@ -31,9 +31,11 @@ template <typename Acc, int kVec>
 void launch_linear(const MapArgs& args, const Walk& walk, cudaStream_t stream) {
   const bool draw = args.noise.draw_kind != Draw::none;
   if (is_wide(args)) {
-    draw ? launch<Acc, kVec, true, true, true>(args, walk, stream) : launch<Acc, kVec, true, true, false>(args, walk, stream);
+    draw ? launch<Acc, kVec, true, true, true>(args, walk, stream)
+         : launch<Acc, kVec, true, true, false>(args, walk, stream);
   } else {
-    draw ? launch<Acc, kVec, true, false, true>(args, walk, stream) : launch<Acc, kVec, true, false, false>(args, walk, stream);
+    draw ? launch<Acc, kVec, true, false, true>(args, walk, stream)
+         : launch<Acc, kVec, true, false, false>(args, walk, stream);
   }
 }
 

@@ -1,9 +1,10 @@
-// What the CUDA kernels share: the arguments of a pass on the device, how a block maps to samples, and how a thread brings
-// in its elements and applies the row.
+// What the CUDA kernels share: the arguments of a pass on the device, how a block maps to samples, and how a thread
+// brings in its elements and applies the row.
 //
 // A block is tx threads along a sample by ty samples; a thread takes vectors of kVec elements. Terms are fetched as raw
 // bytes first, all of them, and converted after, so that several independent loads are in flight: whether a term is
-// given and what its type is are uniform branches, a few instructions among the hundreds that bandwidth leaves room for.
+// given and what its type is are uniform branches, a few instructions among the hundreds that bandwidth leaves room
+// for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -125,8 +126,8 @@ __device__ __forceinline__ void store(char* to, DType dtype, bool vector, int co
 #pragma unroll
       for (int i = 0; i + 3 < kVec; i += 4)
         *reinterpret_cast<float4*>(to + 4 * i) =
-            make_float4(static_cast<float>(values[i]), static_cast<float>(values[i + 1]), static_cast<float>(values[i + 2]),
-                        static_cast<float>(values[i + 3]));
+            make_float4(static_cast<float>(values[i]), static_cast<float>(values[i + 1]),
+                        static_cast<float>(values[i + 2]), static_cast<float>(values[i + 3]));
       return;
     }
     if (dtype == DType::f64) {

@@ -5,14 +5,16 @@
 //   w0..w3  = Philox-4x32-10(counter, key), of which element i takes number i mod 4
 //
 //   uniform   u = (w + 1/2) 2^-32
-//   normals   z0 = r cos(2 pi w1 2^-32), z1 = r sin(2 pi w1 2^-32), r = sqrt(-2 log((w0 + 1/2) 2^-32));  z2, z3 from w2, w3
+//   normals   z0 = r cos(2 pi w1 2^-32), z1 = r sin(2 pi w1 2^-32), r = sqrt(-2 log((w0 + 1/2) 2^-32));  z2, z3 from
+//   w2, w3
 //
-// Logarithm, sine and cosine are minimax polynomials (tools/minimax.py), evaluated in one order of fused multiply-adds; every
-// other float operation is correctly rounded, and integers are converted as int32. So every path has the same bits, which
-// tests/data/noise_vectors.json freezes. |error| <= 4e-7 max(1, |z|) against the formula in exact arithmetic.
+// Logarithm, sine and cosine are minimax polynomials (tools/minimax.py), evaluated in one order of fused multiply-adds;
+// every other float operation is correctly rounded, and integers are converted as int32. So every path has the same
+// bits, which tests/data/noise_vectors.json freezes. |error| <= 4e-7 max(1, |z|) against the formula in exact
+// arithmetic.
 //
-// Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"; Steele, Lea, Flood 2014, "Fast splittable
-// pseudorandom number generators" (mix64); Box, Muller 1958.
+// Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"; Steele, Lea, Flood 2014, "Fast
+// splittable pseudorandom number generators" (mix64); Box, Muller 1958.
 #pragma once
 
 #include "platform.h"

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-// Always inlined: the host's files are compiled once for each instruction set, and an out-of-line copy would be one that
-// the linker may take from a file compiled for a newer CPU.
+// Always inlined: the host's files are compiled once for each instruction set, and an out-of-line copy would be one
+// that the linker may take from a file compiled for a newer CPU.
 #if defined(__CUDACC__)
 #define GENKERN_HD __host__ __device__ __forceinline__
 #else

@@ -1,4 +1,5 @@
-// reduce on the CPU: r = row(x, m, ...) times the mask, written, and sum rho(r) of each chunk.
+// reduce on the CPU: r = row(x, m, ...); mask * r (mask * sign(r)) is written, and mask * rho(r) summed over each
+// chunk.
 //
 // A block is summed in 16 lanes whatever the vector width, the lanes in a fixed tree, blocks and chunks in order in
 // double: the sums depend neither on the instruction set nor on the number of threads.
@@ -10,16 +11,51 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// The sum of term(i), i from 0 to count - 1.
 template <typename Acc, typename Term>
-double sum_block(const Acc* values, int count, Term term) {
+double sum_block(int count, Term term) {
   Acc lanes[kLanes] = {};
   int i = 0;
   for (; i + kLanes <= count; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(values[i + l]);
-  for (int l = 0; i + l < count; ++l) lanes[l] += term(values[i + l]);
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  for (int l = 0; i + l < count; ++l) lanes[l] += term(i + l);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   return static_cast<double>(lanes[0]);
+}
+
+template <typename Acc>
+Acc absolute(Acc v) {
+  return v < Acc(0) ? -v : v;
+}
+
+template <typename Acc>
+Acc sign(Acc v) {
+  return v > Acc(0) ? Acc(1) : (v < Acc(0) ? Acc(-1) : v);
+}
+
+// Sums rho of a block's residual and turns it into what is written: half of rho' for squares, rho' for absolute values.
+template <typename Acc>
+double sum_rho(Rho rho, Acc* r, int count) {
+  if (rho == Rho::square) return sum_block<Acc>(count, [=](int i) { return r[i] * r[i]; });
+  const double sum = sum_block<Acc>(count, [=](int i) { return absolute(r[i]); });
+  for (int i = 0; i < count; ++i) r[i] = sign(r[i]);
+  return sum;
+}
+
+// The same, weighted. Where the mask is 0 the residual does not count, whatever it is.
+template <typename Acc>
+double sum_rho_masked(Rho rho, const Acc* mask, Acc* r, int count) {
+  for (int i = 0; i < count; ++i) r[i] = mask[i] != Acc(0) ? r[i] : Acc(0);
+  double sum;
+  if (rho == Rho::square) {
+    sum = sum_block<Acc>(count, [=](int i) { return mask[i] * r[i] * r[i]; });
+    for (int i = 0; i < count; ++i) r[i] = mask[i] * r[i];
+  } else {
+    sum = sum_block<Acc>(count, [=](int i) { return mask[i] * absolute(r[i]); });
+    for (int i = 0; i < count; ++i) r[i] = mask[i] * sign(r[i]);
+  }
+  return sum;
 }
 
 template <typename Acc>
@@ -29,26 +65,21 @@ void reduce_typed(const ReduceCpu& args, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) args.partials[2 * task] = args.partials[2 * task + 1] = 0.0;
   for_each_block<Acc>(map, *args.walk, begin, end,
                       [&](int64_t task, const Span& span, const Acc* cells, const SampleNoise& noise) {
-    const Acc* result[kMaxOuts];
-    apply_row(map, span, cells, noise, buffers, static_cast<Acc*>(nullptr), result);
-    Acc* r = buffers.out[0];
-    double elements = span.count;
-    if (map.in[kMask].data != nullptr) {
-      const Acc* mask = load(span, kMask, map.in[kMask], buffers.in[kMask]);
-      for (int i = 0; i < span.count; ++i) r[i] = mask[i] != Acc(0) ? mask[i] * r[i] : Acc(0);
-      elements = sum_block(mask, span.count, [](Acc v) { return v; });
-    }
-    double sum;
-    if (args.rho == Rho::square) {
-      sum = sum_block(r, span.count, [](Acc v) { return v * v; });
-    } else {
-      sum = sum_block(r, span.count, [](Acc v) { return v < Acc(0) ? -v : v; });
-      for (int i = 0; i < span.count; ++i) r[i] = r[i] > Acc(0) ? Acc(1) : (r[i] < Acc(0) ? Acc(-1) : r[i]);
-    }
-    store(span, kInputs, map.out[0], r);
-    args.partials[2 * task] += sum;
-    args.partials[2 * task + 1] += elements;
-  });
+                        const Acc* result[kMaxOuts];
+                        apply_row(map, span, cells, noise, buffers, static_cast<Acc*>(nullptr), result);
+                        Acc* r = buffers.out[0];
+                        double sum, elements = span.count;
+                        if (map.in[kMask].data != nullptr) {
+                          const Acc* mask = load(span, kMask, map.in[kMask], buffers.in[kMask]);
+                          elements = sum_block<Acc>(span.count, [=](int i) { return mask[i]; });
+                          sum = sum_rho_masked(args.rho, mask, r, span.count);
+                        } else {
+                          sum = sum_rho(args.rho, r, span.count);
+                        }
+                        store(span, kInputs, map.out[0], r);
+                        args.partials[2 * task] += sum;
+                        args.partials[2 * task + 1] += elements;
+                      });
 }
 
 }  // namespace

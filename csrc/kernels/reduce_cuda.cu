@@ -1,7 +1,8 @@
-// reduce on CUDA: r = row(x, m, ...) times the mask, written; sums of rho(r) and of the mask, a sample.
+// reduce on CUDA: r = row(x, m, ...); mask * r (mask * sign(r)) is written; sums of mask * rho(r) and of the mask, a
+// sample.
 //
-// Two launches and no atomics: each block sums its tile in a fixed tree, then one block a sample sums the tiles. The same
-// bits each run.
+// Two launches and no atomics: each block sums its tile in a fixed tree, then one block a sample sums the tiles. The
+// same bits each run.
 #include "pass_cuda.cuh"
 
 namespace genkern {
@@ -39,16 +40,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if (i >= vector.count) break;
-      Acc v = r[0][i];
-      if (masked) v = mask[i] != Acc(0) ? mask[i] * v : Acc(0);
-      elements += masked ? mask[i] : Acc(1);
+      const Acc weight = masked ? mask[i] : Acc(1);
+      Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
+      elements += weight;
       if (rho == Rho::square) {
-        sum += v * v;
+        sum += weight * v * v;
       } else {
-        sum += v < Acc(0) ? -v : v;
+        sum += weight * (v < Acc(0) ? -v : v);
         v = v > Acc(0) ? Acc(1) : (v < Acc(0) ? Acc(-1) : v);
       }
-      r[0][i] = v;
+      r[0][i] = weight * v;
     }
     vector.put(pass, 0, r[0]);
   }
@@ -92,8 +93,8 @@ void launch(const ReduceArgs& args, const Walk& walk, cudaStream_t stream) {
     else
       reduce_kernel<Acc, kVec, kLinear, false><<<plan_.grid, plan_.block, 0, stream>>>(pass, args.rho, partials);
   }
-  finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(
-      partials, walk.n > 0 ? pass.tiles : 0, static_cast<Acc*>(args.sums));
+  finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(partials, walk.n > 0 ? pass.tiles : 0,
+                                                                                 static_cast<Acc*>(args.sums));
 }
 
 }  // namespace

@@ -72,9 +72,9 @@ void run_on(const genkern::View& like, [[maybe_unused]] intptr_t stream, Cpu cpu
 }
 
 Call make_call(Views& views, const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h,
-               const py::object& z, const Floats& row, const py::object& table, const py::object& index, const Objects& values,
-               const Ints& cells, const Floats& scales, int64_t formula, int64_t noise, const Ints& key,
-               const py::object& device_key, const py::object& sample_ids, bool use_pred) {
+               const py::object& z, const Floats& row, const py::object& table, const py::object& index,
+               const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
+               const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred) {
   Call call;
   call.x = views.maybe(x, "x");
   call.m = views.maybe(m, "m");
@@ -96,13 +96,14 @@ Call make_call(Views& views, const py::object& x, const py::object& m, const py:
   return call;
 }
 
-void map_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h, const py::object& z,
-             const Floats& row, const py::object& table, const py::object& index, const Objects& values, const Ints& cells,
-             const Floats& scales, int64_t formula, int64_t noise, const Ints& key, const py::object& device_key,
-             const py::object& sample_ids, bool use_pred, const Objects& out, intptr_t stream) {
+void map_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h,
+             const py::object& z, const Floats& row, const py::object& table, const py::object& index,
+             const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
+             const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred,
+             const Objects& out, intptr_t stream) {
   Views views(stream);
-  Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key,
-                        sample_ids, use_pred);
+  Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key,
+                        device_key, sample_ids, use_pred);
   call.out = views.all(out, "out", true);
   const genkern::MapArgs args = genkern::make_args(call);
   run_on(
@@ -116,15 +117,16 @@ void map_out(const py::object& x, const py::object& m, const py::object& m_uncon
       });
 }
 
-void reduce_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h, const py::object& z,
-                const Floats& row, const py::object& table, const py::object& index, const Objects& values, const Ints& cells,
-                const Floats& scales, int64_t formula, int64_t noise, const Ints& key, const py::object& device_key,
-                const py::object& sample_ids, bool use_pred, const py::object& mask, int64_t kind, const py::object& residual,
-                const py::object& sums, intptr_t stream) {
+void reduce_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h,
+                const py::object& z, const Floats& row, const py::object& table, const py::object& index,
+                const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
+                const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred,
+                const py::object& mask, int64_t kind, const py::object& residual, const py::object& sums,
+                intptr_t stream) {
   expect(kind == 0 || kind == 1, "kind: expected 0 (squares) or 1 (absolute values), got ", kind);
   Views views(stream);
-  Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key,
-                        sample_ids, use_pred);
+  Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key,
+                        device_key, sample_ids, use_pred);
   call.mask = views.maybe(mask, "mask");
   call.out = {views.of(residual, "residual", true)};
   genkern::ReduceArgs args;
@@ -174,15 +176,16 @@ constexpr bool kHasCuda =
 
 PYBIND11_MODULE(_arrays, module) {
   module.doc() = "genkern's kernels on NumPy arrays and on any array that speaks DLPack.";
-  module.def("map_out", &map_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"), py::arg("row"),
-             py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"), py::arg("formula"),
-             py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"), py::arg("use_pred"),
-             py::arg("out"), py::arg("stream") = 1, "torch.ops.genkern.map_out, over arrays.");
-  module.def("reduce_out", &reduce_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
+  module.def("map", &map_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
              py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
              py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
-             py::arg("use_pred"), py::arg("mask"), py::arg("kind"), py::arg("residual"), py::arg("sums"), py::arg("stream") = 1,
-             "torch.ops.genkern.reduce, over arrays, into a given residual and sums [B, 2].");
+             py::arg("use_pred"), py::arg("out"), py::arg("stream") = 1,
+             "torch.ops.genkern.map_out, over arrays, into given outputs.");
+  module.def("reduce", &reduce_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
+             py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
+             py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
+             py::arg("use_pred"), py::arg("mask"), py::arg("kind"), py::arg("residual"), py::arg("sums"),
+             py::arg("stream") = 1, "torch.ops.genkern.reduce, over arrays, into a given residual and sums [B, 2].");
   module.def("cpu_isa", &cpu_isa, py::arg("select") = "",
              "The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.");
   module.attr("has_cuda") = kHasCuda;

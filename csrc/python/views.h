@@ -139,7 +139,10 @@ class Views {
     if (dtype.lanes != 1) return Element::other;
     switch (dtype.code) {
       case dlpack::kFloat:
-        return dtype.bits == 16 ? Element::f16 : dtype.bits == 32 ? Element::f32 : dtype.bits == 64 ? Element::f64 : Element::other;
+        return dtype.bits == 16   ? Element::f16
+               : dtype.bits == 32 ? Element::f32
+               : dtype.bits == 64 ? Element::f64
+                                  : Element::other;
       case dlpack::kBfloat: return dtype.bits == 16 ? Element::bf16 : Element::other;
       case dlpack::kBool: return dtype.bits == 8 ? Element::boolean : Element::other;
       case dlpack::kInt: return dtype.bits == 64 ? Element::int64 : Element::other;

@@ -86,9 +86,10 @@ Tensor empty_like(const Tensor& t, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-const genkern::Parallel kTorchThreads{[](int64_t count, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}};
+const genkern::Parallel kTorchThreads{
+    [](int64_t count, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
+      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    }};
 
 // Runs cpu() or cuda(stream), the latter on the tensor's device and the current stream.
 template <typename Cpu, typename Cuda>
@@ -135,34 +136,36 @@ Tensors map(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, Maybe
   Tensors outs;
   for (const int64_t code : out_dtypes) {
     const ScalarType dtype = scalar_type(code);
-    outs.push_back(like != nullptr ? empty_like(*like, dtype) : torch::stable::empty(*size, dtype, std::nullopt, device));
+    outs.push_back(like != nullptr ? empty_like(*like, dtype)
+                                   : torch::stable::empty(*size, dtype, std::nullopt, device));
   }
   expect(!outs.empty(), "out_dtypes: expected 1 to 3 entries, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
-           formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(outs)},
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells,
+           scales, formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(outs)},
           outs[0]);
   return outs;
 }
 
-void map_out(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row, MaybeTensor table,
-             MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula, int64_t noise, Ints key,
-             MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out) {
+void map_out(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row,
+             MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula,
+             int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out) {
   expect(!out.empty(), "out: expected 1 to 3 outputs, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
-           formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(out)},
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells,
+           scales, formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(out)},
           out[0]);
 }
 
-std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row,
-                                  MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales,
-                                  int64_t formula, int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids,
-                                  bool use_pred, MaybeTensor mask, int64_t kind) {
+std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z,
+                                  Floats row, MaybeTensor table, MaybeTensor index, Tensors values, Ints cells,
+                                  Floats scales, int64_t formula, int64_t noise, Ints key, MaybeTensor device_key,
+                                  MaybeTensor sample_ids, bool use_pred, MaybeTensor mask, int64_t kind) {
   const Tensor* like = like_of(x, m, z);
   expect(like != nullptr, "x: expected x, m or z");
   expect(kind == 0 || kind == 1, "kind: expected 0 (squares) or 1 (absolute values), got ", kind);
   Tensor residual = empty_like(*like, m ? m->scalar_type() : like->scalar_type());
-  const Call call{view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells, scales,
-                  formula, noise, key, view(device_key), view(sample_ids), use_pred, view(mask), {view(residual)}};
+  const Call call{view(x),          view(m),          view(m_uncond), view(h),    view(z),         row,   view(table),
+                  view(index),      view(values),     cells,          scales,     formula,         noise, key,
+                  view(device_key), view(sample_ids), use_pred,       view(mask), {view(residual)}};
   genkern::ReduceArgs args;
   args.map = genkern::make_args(call);
   args.rho = static_cast<genkern::Rho>(kind);

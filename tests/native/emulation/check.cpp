@@ -1,5 +1,5 @@
-// Random passes through the CPU kernels and the emulated CUDA kernels: map and the residual of reduce agree bit for bit,
-// sums to 1e-5. Prints "passes N" when all do; says which pass differed and exits with 1 otherwise.
+// Random passes through the CPU kernels and the emulated CUDA kernels: map and the residual of reduce agree bit for
+// bit, sums to 1e-5. Prints "passes N" when all do; says which pass differed and exits with 1 otherwise.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,7 +20,8 @@ std::mt19937_64 rng(20240607);
 int64_t pick(int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(rng() % static_cast<uint64_t>(hi - lo + 1)); }
 bool chance(double p) { return static_cast<double>(rng() >> 11) * 0x1p-53 < p; }
 
-const Parallel kSerial{[](int64_t count, int64_t, void* context, void (*body)(void*, int64_t, int64_t)) { body(context, 0, count); }};
+const Parallel kSerial{
+    [](int64_t count, int64_t, void* context, void (*body)(void*, int64_t, int64_t)) { body(context, 0, count); }};
 
 int size_of_dtype(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : d == DType::u8 ? 1 : 2; }
 
@@ -32,7 +33,8 @@ struct Buffer {
 };
 
 // Strides of a random dense permutation, sometimes with gaps, sometimes expanded.
-Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::vector<int>& order, bool expanded, bool random) {
+Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::vector<int>& order, bool expanded,
+                   bool random) {
   Buffer buffer;
   buffer.strides.assign(sizes.size(), 0);
   int64_t step = 1;
@@ -55,7 +57,8 @@ Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::ve
     if (dtype == DType::u8) p[i] = v > 0;
     // A random half of moderate size: its bits drawn directly, the exponent kept away from infinity.
     if (dtype == DType::f16) reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(rng() & 0xbfffu);
-    if (dtype == DType::bf16) reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>((rng() & 0x807fu) | (pick(110, 130) << 7));
+    if (dtype == DType::bf16)
+      reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>((rng() & 0x807fu) | (pick(110, 130) << 7));
   }
   return buffer;
 }
@@ -174,8 +177,8 @@ bool same(const Buffer& a, const Buffer& b, DType dtype) {
 }
 
 int fail(int number, const MapArgs& args, const char* what) {
-  std::printf("pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d\n", number, what,
-              args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
+  std::printf("pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d\n",
+              number, what, args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
               static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values);
   return 1;
 }
@@ -194,7 +197,8 @@ int check(int number) {
       ReduceArgs r;
       r.map = args;
       r.rho = number % 2 != 0 ? Rho::square : Rho::absolute;
-      std::vector<double> raw(2 * args.sizes[0] + 2), workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1);
+      std::vector<double> raw(2 * args.sizes[0] + 2),
+          workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1);
       r.sums = raw.data(), r.workspace = workspace.data();
       cuda ? static_cast<void>(reduce_cuda(r, nullptr)) : reduce_cpu(r, kSerial);
       for (int64_t i = 0; i < 2 * args.sizes[0]; ++i)
