@@ -1,0 +1,127 @@
+"""Calls on torch tensors, without derivatives: the compiled library where it serves the device, else the reference;
+and what torch.compile and torch.export need to know of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, rows
+from .reference import formula as reference
+from .spec import M, Spec, X, Z, invoke
+
+CODES = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
+
+_OPS = _library.torch_ops()
+# The overload itself: a call through the packet resolves it anew each time.
+_MAP: Any = None if _OPS is None else _OPS.map.default
+_MAP_OUT: Any = None if _OPS is None else _OPS.map_out.default
+_REDUCE: Any = None if _OPS is None else _OPS.reduce.default
+_DEVICES = _library.torch_devices()
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the compiled library serves this device."""
+    return device.type in _DEVICES
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or a forward-mode level is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def run_map(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """map, without derivatives."""
+    if has_kernel(_device(spec, tensors)):
+        return tuple(invoke(_MAP, spec, tensors, spec.dtypes, spec.size, spec.device))
+    outs = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device)
+    like = next((tensors[slot] for slot in (X, M, Z) if tensors[slot] is not None), None)
+    return tuple(outs) if like is None else tuple(_laid_out(out, like) for out in outs)
+
+
+def run_map_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> None:
+    """map into given outputs, without derivatives."""
+    if has_kernel(out[0].device):
+        invoke(_MAP_OUT, spec, tensors, list(out))
+        return
+    for target, result in zip(
+        out, invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device), strict=True
+    ):
+        target.copy_(result)
+
+
+def run_reduce(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """reduce, without derivatives."""
+    op = _REDUCE if has_kernel(_device(spec, tensors)) else reference.reduce
+    residual, sums = invoke(op, spec, tensors, mask, spec.kind)
+    return residual, sums
+
+
+def draw(
+    spec: Spec, device_key: Tensor | None, sample_ids: Tensor | None, shape: Sequence[int], device: torch.device,
+    accumulator: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The z that a call drew, again."""
+    if not has_kernel(device) or _wrapped(device_key) or _wrapped(sample_ids):
+        return reference.draw(spec.noise, spec.key, device_key, sample_ids, shape, device, accumulator)
+    row = [0.0] * rows.n_cells(1)
+    row[rows.W], row[rows.out_cell(0, rows.Z)] = 1.0, 1.0
+    alone = Spec(
+        tuple(row), 0, (), (), 0, spec.noise, spec.key, False, (CODES[accumulator],), tuple(shape), device
+    )  # fmt: skip
+    return run_map(alone, None, None, None, None, None, None, device_key, sample_ids)[0]
+
+
+def _wrapped(tensor: Tensor | None) -> bool:
+    """Whether torch.func holds the tensor's memory back from a kernel."""
+    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _device(spec: Spec, tensors: Sequence[Tensor | None]) -> torch.device:
+    for slot in (X, M, Z):
+        tensor = tensors[slot]
+        if tensor is not None:
+            return tensor.device
+    assert spec.device is not None
+    return spec.device
+
+
+def _laid_out(out: Tensor, like: Tensor) -> Tensor:
+    """out with the strides that torch.empty_like gives, as the kernels' outputs have them."""
+    target = torch.empty_like(like, dtype=out.dtype)
+    return out if out.stride() == target.stride() else target.copy_(out)
+
+
+def _fake_map(
+    x: Any, m: Any, m_uncond: Any, h: Any, z: Any, row: Any, table: Any, index: Any, values: Any, cells: Any,
+    scales: Any, formula: Any, noise: Any, key: Any, device_key: Any, sample_ids: Any, use_pred: Any, out_dtypes: Any,
+    size: Any = None, device: Any = None,
+) -> list[Tensor]:  # fmt: skip
+    like = x if x is not None else m if m is not None else z
+    if like is None:
+        return [torch.empty(size, dtype=reference.DTYPES[code], device=device) for code in out_dtypes]
+    return [torch.empty_like(like, dtype=reference.DTYPES[code]) for code in out_dtypes]
+
+
+def _fake_map_out(*arguments: Any) -> None:
+    return None
+
+
+def _fake_reduce(
+    x: Any, m: Any, m_uncond: Any, h: Any, z: Any, row: Any, table: Any, index: Any, values: Any, cells: Any,
+    scales: Any, formula: Any, noise: Any, key: Any, device_key: Any, sample_ids: Any, use_pred: Any, mask: Any,
+    kind: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    like = x if x is not None else m if m is not None else z
+    residual = torch.empty_like(like, dtype=(m if m is not None else like).dtype)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return residual, torch.empty((like.shape[0], 2), dtype=wide, device=like.device)
+
+
+if _OPS is not None:
+    for _name, _fake in (("map", _fake_map), ("map_out", _fake_map_out), ("reduce", _fake_reduce)):
+        torch.library.register_fake(f"genkern::{_name}")(_fake)

@@ -1,0 +1,379 @@
+"""Argument checks. A message names the argument, what it was, and what it may be; a failing call changes nothing."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._debug import debug
+from .overlap import overlap, start, strides
+
+MAX_DIMS = 16  # of a tensor, the batch included (csrc/kernels/kernels.h)
+FLOATS = "float32, float16, bfloat16 or float64"
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether value is a torch tensor, without importing torch for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def unsigned(name: str, value: Any, bits: int) -> int:
+    """An integer 0 .. 2^bits - 1."""
+    try:
+        number = value.__index__()
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+    if isinstance(value, bool) or not 0 <= number < 1 << bits:
+        raise ValueError(f"{name}: expected an integer from 0 to 2^{bits} - 1, got {value}")
+    return int(number)
+
+
+def key_tensor(name: str, value: Any) -> None:
+    """A one-element int64 tensor, as a seed or stream in device memory."""
+    import torch
+
+    if value.dtype != torch.int64 or value.numel() != 1:
+        raise ValueError(
+            f"{name}: expected an integer or a one-element int64 tensor, "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )
+
+
+def is_array(value: Any) -> bool:
+    """Whether value is a NumPy array (a NumPy scalar is not), without importing NumPy for it."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def kind_of(named: Sequence[tuple[str, Any]]) -> str | None:
+    """ "torch" or "numpy", whichever the given arrays are; None where none is given. TypeError for any other."""
+    for name, value in named:
+        if value is None:
+            continue
+        if is_tensor(value):
+            return "torch"
+        if is_array(value):
+            return "numpy"
+        raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(value).__name__}")
+    return None
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a torch or NumPy dtype is one of the four that the kernels know."""
+    floating = getattr(dtype, "is_floating_point", None)
+    if floating is None:
+        return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or dtype.name == "bfloat16"
+    return bool(floating) and dtype.itemsize in (2, 4, 8)
+
+
+def terms(named: Sequence[tuple[str, Any]]) -> None:
+    """The arrays of a row: of one kind, shape and device; floating; none of higher precision than the first given."""
+    first_name, first, torch_kind = "", None, False
+    for name, value in named:
+        if value is None:
+            continue
+        tensor = is_tensor(value)
+        if first is None:
+            if not tensor and not is_array(value):
+                raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(value).__name__}")
+            first_name, first, torch_kind = name, value, tensor
+            if not value.ndim:
+                raise ValueError(f"{name}: expected dimension 0 to be the batch, got a 0-d tensor")
+            if value.ndim > MAX_DIMS:
+                raise ValueError(f"{name}: expected at most {MAX_DIMS} dimensions, got {value.ndim}")
+        elif tensor is not torch_kind or (not tensor and not is_array(value)):
+            wanted = "a torch tensor" if torch_kind else "a NumPy array"
+            raise TypeError(f"{name}: expected {wanted} like {first_name}, got {type(value).__name__}")
+        elif value.shape != first.shape:
+            raise ValueError(f"{name}: expected shape {tuple(first.shape)} like {first_name}, got {tuple(value.shape)}")
+        elif tensor and value.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {value.device}")
+        if not is_float(value.dtype):
+            raise TypeError(f"{name}: expected {FLOATS}, got {value.dtype}")
+        if value.dtype.itemsize > first.dtype.itemsize:
+            raise TypeError(
+                f"{name}: expected {first.dtype} like {first_name}, or a lower precision, got {value.dtype}"
+            )
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite host number in [low, high]."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not (low <= found <= high and math.isfinite(found)):
+        raise ValueError(f"{name}: expected {_range(low, high)}, got {found}")
+    return found
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An integer of low .. high."""
+    try:
+        found = int(value.__index__())
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+    if isinstance(value, bool) or found < low or (high is not None and found > high):
+        wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return found
+
+
+def indices(name: str, value: Any, count: int, batch: int) -> None:
+    """An int64 tensor [B] of 0 .. count-1, its values where they are looked at."""
+    import torch
+
+    if value.dtype != torch.int64 or value.shape != (batch,):
+        raise ValueError(f"{name}: expected int64 of shape ({batch},), got {value.dtype} of shape {tuple(value.shape)}")
+    if _visible(value) and bool(((value < 0) | (value >= count)).any()):
+        raise ValueError(f"{name}: expected integers from 0 to {count - 1}, got {value.tolist()}")
+
+
+def coefficient(name: str, value: Any, like: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A coefficient: a finite number in [low, high], or a floating tensor (array) of shape [B] or of one element.
+
+    Args:
+        like: the array whose batch, kind and device it goes with.
+
+    Returns:
+        A float, or a tensor (array) of shape [B] or [1] on like's device.
+    """
+    if type(value) is float:
+        if low <= value <= high and -math.inf < value < math.inf:
+            return value
+        raise ValueError(f"{name}: expected {_range(low, high)}, got {value}")
+    if is_tensor(value):
+        if not is_tensor(like):
+            raise TypeError(f"{name}: expected a number or a NumPy array, as the arrays are, got a torch tensor")
+        _coefficient_shape(name, value, like)
+        if value.device != like.device:
+            if value.device.type != "cpu" or value.numel() != 1:
+                raise ValueError(
+                    f"{name}: expected device {like.device}, or one element on the CPU, got {value.device}"
+                )
+            _values(name, value, low, high)
+            value = value.to(like.device)
+        else:
+            _values(name, value, low, high)
+        return value if value.ndim == 1 else value.reshape(1)
+    if is_array(value) and value.ndim:
+        if not is_array(like):
+            raise TypeError(f"{name}: expected a number or a torch tensor, as the tensors are, got a NumPy array")
+        _coefficient_shape(name, value, like)
+        _values(name, value, low, high)
+        return value if value.ndim == 1 else value.reshape(1)
+    return number(name, value, low, high)
+
+
+def shape(value: Any) -> tuple[int, ...]:
+    """A shape, dimension 0 the batch."""
+    try:
+        sizes = tuple(size.__index__() for size in value)
+    except (TypeError, AttributeError):
+        raise TypeError(f"shape: expected a sequence of integers, got {value!r}") from None
+    if not 1 <= len(sizes) <= MAX_DIMS or any(size < 0 for size in sizes):
+        raise ValueError(f"shape: expected 1 to {MAX_DIMS} sizes >= 0, dimension 0 the batch, got {sizes}")
+    return sizes
+
+
+def is_numpy_dtype(dtype: Any) -> bool:
+    """Whether a dtype argument asks for NumPy: a numpy.dtype, a NumPy scalar type, or ml_dtypes' bfloat16."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and (
+        isinstance(dtype, numpy.dtype) or (isinstance(dtype, type) and issubclass(dtype, numpy.generic))
+    )
+
+
+def clip_range(clip: Any) -> tuple[float, float] | None:
+    """clip: None, or (lo, hi) with lo < hi, finite; or one positive number c for (-c, c)."""
+    if clip is None:
+        return None
+    if isinstance(clip, (tuple, list)):
+        if len(clip) != 2:
+            raise ValueError(f"clip: expected (lo, hi), got {len(clip)} numbers")
+        lo, hi = (number(f"clip[{k}]", c) for k, c in enumerate(clip))
+    else:
+        hi = number("clip", clip)
+        lo = -hi
+    if not lo < hi:
+        raise ValueError(f"clip: expected lo < hi, got ({lo}, {hi})")
+    return lo, hi
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return str(value)
+
+
+def outputs(
+    named: Sequence[tuple[str, Any]],
+    like: Any,
+    shape: Sequence[int],
+    dtypes: Sequence[Any],
+    inputs: Sequence[tuple[str, Any]],
+) -> None:
+    """Given outputs: of like's kind, shape and device, of the right dtype, and each either an input itself or apart."""
+    for (name, out), dtype in zip(named, dtypes, strict=True):
+        if is_tensor(out) is not is_tensor(like) or not (is_tensor(out) or is_array(out)):
+            wanted = "a torch tensor" if is_tensor(like) else "a NumPy array"
+            raise TypeError(f"{name}: expected {wanted}, got {type(out).__name__}")
+        if tuple(out.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(out.shape)}")
+        if out.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {out.dtype}")
+        if is_tensor(out):
+            if out.device != like.device:
+                raise ValueError(f"{name}: expected device {like.device}, got {out.device}")
+        elif not out.flags.writeable:
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    if is_tensor(like) and _compiling():
+        return
+    for k, (name, out) in enumerate(named):
+        if any(stride == 0 and size > 1 for size, stride in zip(out.shape, strides(out), strict=True)):
+            raise ValueError(f"{name}: expected every element at its own address, got an expanded tensor")
+        for position, (other, value) in enumerate([*inputs, *named[:k]]):
+            if value is None or (value is out and position < len(inputs)):
+                continue
+            same = start(out) == start(value) and strides(out) == strides(value) and out.dtype == value.dtype
+            if overlap(out, value) and not (same and position < len(inputs)):
+                raise ValueError(f"{name}: expected {other} itself or memory apart from it, got a partial overlap")
+
+
+def mask(value: Any, like: Any) -> Any:
+    """A mask, expanded to like's shape: bool or floating, of like's kind and device."""
+    if is_tensor(value) is not is_tensor(like) or not (is_tensor(value) or is_array(value)):
+        wanted = "a torch tensor" if is_tensor(like) else "a NumPy array"
+        raise TypeError(f"mask: expected {wanted}, got {type(value).__name__}")
+    if "bool" not in str(value.dtype) and not is_float(value.dtype):
+        raise TypeError(f"mask: expected bool, {FLOATS}, got {value.dtype}")
+    if is_tensor(value) and value.device != like.device:
+        raise ValueError(f"mask: expected device {like.device}, got {value.device}")
+    sizes = (1,) * (like.ndim - value.ndim) + tuple(value.shape)
+    if value.ndim > like.ndim or any(a not in (1, b) for a, b in zip(sizes, like.shape, strict=True)):
+        raise ValueError(f"mask: expected a shape that broadcasts to {tuple(like.shape)}, got {tuple(value.shape)}")
+    if is_tensor(value):
+        return value.expand(like.shape)
+    import numpy
+
+    return numpy.broadcast_to(value, like.shape)
+
+
+def sample_ids(ids: Any, batch: int, numpy: bool, device: Any) -> Any:
+    """Sample ids as contiguous int64 [B] beside the other arrays."""
+    integer = "int" in str(ids.dtype) if hasattr(ids, "dtype") else all(hasattr(i, "__index__") for i in ids)
+    if not integer:
+        raise TypeError(f"sample_ids: expected int64, got {getattr(ids, 'dtype', ids)}")
+    if numpy:
+        import numpy as np
+
+        found: Any = np.ascontiguousarray(ids, dtype=np.int64)
+    else:
+        import torch
+
+        found = torch.as_tensor(ids, dtype=torch.int64, device=device).contiguous()
+    if tuple(found.shape) != (batch,):
+        raise ValueError(f"sample_ids: expected shape ({batch},), one a sample, got {tuple(found.shape)}")
+    return found
+
+
+def table(rows: Any, index: Any, cells: int, like: Any, batch: int) -> None:
+    """A RowTable: rows of the right length, in the arithmetic's type, on the right device; an index of 1 or [B]."""
+    if rows.ndim != 2 or rows.shape[1] != cells:
+        raise ValueError(f"table: expected rows of {cells} cells, got shape {tuple(rows.shape)}")
+    wide = like.dtype.itemsize == 8 if hasattr(like, "dtype") else False
+    wanted = "float64" if wide else "float32"
+    if str(rows.dtype).removeprefix("torch.") != wanted:
+        raise TypeError(f"table: expected {wanted}, as the arithmetic of the state has it, got {rows.dtype}")
+    for name, array in (("table", rows), ("index", index)):
+        if array is not None and is_tensor(like) and (not is_tensor(array) or array.device != like.device):
+            raise ValueError(f"{name}: expected a tensor on {like.device}, got {getattr(array, 'device', type(array))}")
+    if index is None:
+        if rows.shape[0] not in (1, batch):
+            raise ValueError(f"table: expected 1 or {batch} rows where no index is given, got {rows.shape[0]}")
+    elif "int64" not in str(index.dtype) or tuple(index.shape) not in ((1,), (batch,)):
+        raise ValueError(f"index: expected int64 of shape (1,) or ({batch},), got {index.dtype} {tuple(index.shape)}")
+    elif not rows.shape[0]:
+        raise ValueError("table: expected at least one row")
+
+
+def ddim_path(
+    prediction: str, alpha_t: Any, sigma_t: Any, alpha_s: Any, sigma_s: Any, eta: Any, rounding: float
+) -> None:
+    """Path values of a DDIM step given as tensors: no division by zero, and sigma_s^2 >= d^2, where values are looked
+    at (host numbers alone are judged by rows.ddim_numbers)."""
+    path = (alpha_t, sigma_t, alpha_s, sigma_s, eta)
+    if all(isinstance(p, float) for p in path) or not all(isinstance(p, float) or _visible(p) for p in path):
+        return
+    alpha_t, sigma_t, alpha_s, sigma_s, eta = (p.detach() if is_tensor(p) else p for p in path)
+    if prediction == "epsilon" and _any(alpha_t == 0.0):
+        raise ValueError("alpha_t: expected > 0 with prediction='epsilon', got 0")
+    if prediction == "sample" and _any(sigma_t == 0.0):
+        raise ValueError("sigma_t: expected > 0 with prediction='sample', got 0")
+    if isinstance(eta, float) and eta == 0.0:
+        return
+    if _any((eta != 0.0) & ((sigma_t == 0.0) | (alpha_s == 0.0))):
+        raise ValueError("eta: expected 0 where sigma_t or alpha_s is 0, got another number")
+    kept = 1.0 - (alpha_t / alpha_s) ** 2
+    if _any((eta != 0.0) & (kept < -rounding)):
+        raise ValueError("eta: expected 0 where alpha_t > alpha_s (a step toward the noise), got another number")
+    if _any((eta * (1.0 / sigma_t)) ** 2 * kept > 1.0 + rounding):
+        raise ValueError(
+            "eta: expected sigma_s^2 - d^2 >= 0 in every sample, d = eta (sigma_s / sigma_t) "
+            "sqrt(1 - alpha_t^2 / alpha_s^2), got a larger eta"
+        )
+
+
+def _any(found: Any) -> bool:
+    return bool(found if isinstance(found, bool) else found.any())
+
+
+def _coefficient_shape(name: str, value: Any, like: Any) -> None:
+    if not is_float(value.dtype):
+        raise TypeError(f"{name}: expected a number or a tensor of {FLOATS}, got {value.dtype}")
+    if value.shape != like.shape[:1] and math.prod(value.shape) != 1:
+        raise ValueError(
+            f"{name}: expected a number, one element, or shape ({like.shape[0]},), one a sample, "
+            f"got {tuple(value.shape)}"
+        )
+
+
+def _compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def _visible(value: Any) -> bool:
+    """Whether an array's values are looked at: on the host, where that is cheap, or when gk.debug(values=True) asks;
+    never those of fake tensors or of what torch.func and torch.compile trace."""
+    if not is_tensor(value):
+        return True
+    if _compiling() or (value.device.type != "cpu" and not debug.values):
+        return False
+    import torch
+
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(
+        value
+    )
+
+
+def _values(name: str, value: Any, low: float, high: float) -> None:
+    if not _visible(value):
+        return
+    for index, number in enumerate(value.reshape(-1).tolist()):  # of B numbers; for few of them faster than torch
+        if not (low <= number <= high and -math.inf < number < math.inf):
+            raise ValueError(f"{name}: expected {_range(low, high)}, got {number} at index {index}")
+
+
+def _range(low: float, high: float) -> str:
+    if low > -math.inf and high < math.inf:
+        return f"a number from {low:g} to {high:g}"
+    if low > -math.inf:
+        return f"a finite number >= {low:g}"
+    return f"a finite number <= {high:g}" if high < math.inf else "a finite number"

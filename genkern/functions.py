@@ -1,0 +1,232 @@
+"""map and reduce with derivatives: one torch.autograd.Function each.
+
+The Functions are skipped only where no derivative can be asked for: no torch.func transform and no forward-mode level
+is active, and grad mode is off or no tensor argument requires a gradient. torch.compile cannot trace a Function that
+has a jvp, so it is given the same Function without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rows
+from .calls import CODES, draw, run_map, run_map_out, run_reduce, transformed
+from .coefficients import differentiable_formula, ready
+from .derivatives import Terms, pulled_back, pushed_forward, transposed_call, transposed_terms
+from .reference import formula as reference
+from .spec import DEVICE_KEY, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke
+
+__all__ = ["CODES", "differentiable_formula", "map_rows", "map_rows_out", "ready", "reduce_rows"]
+
+
+def map_rows(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Apply a row, differentiably. tensors: as calls.py orders them."""
+    if torch.compiler.is_compiling():
+        return _CompiledMap.apply(spec, *_distinct(tensors)) if _requires_grad(tensors) else run_map(spec, *tensors)
+    return _Map.apply(spec, *tensors) if needs_function(tensors) else run_map(spec, *tensors)
+
+
+def reduce_rows(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The residual of a row, and its sums over each sample, these differentiably (once)."""
+    if torch.compiler.is_compiling():
+        function = _CompiledReduce.apply if _requires_grad(tensors) else run_reduce
+        return function(spec, mask, *_distinct(tensors))
+    return _Reduce.apply(spec, mask, *tensors) if needs_function(tensors) else run_reduce(spec, mask, *tensors)
+
+
+def map_rows_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> None:
+    """Apply a row into given outputs; these have no derivatives, as elsewhere in PyTorch."""
+    if _requires_grad(tensors) or (not torch.compiler.is_compiling() and transformed()):
+        raise RuntimeError("out: expected None where an argument requires a gradient or torch.func transforms the call")
+    run_map_out(spec, out, *tensors)
+
+
+def needs_function(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether derivatives may be asked of a call. To look at one argument alone would lose the others' gradients."""
+    return _requires_grad(tensors) or (transformed() and any(t is not None for t in tensors))
+
+
+def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors; one given twice becomes a view the second time, as torch.compile refuses it in a Function."""
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.view_as(t) if t is not None and any(t is other for other in found) else t)
+    return found
+
+
+def _given(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    return tuple(t is not None for t in tensors)
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def _kept(spec: Spec, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What backward reads of the arguments: all, or the coefficients alone where the row is linear in them."""
+    linear = not (spec.use_pred or spec.formula or tensors[M_UNCOND] is not None or tensors[TABLE] is not None)
+    values = tensors[spec.first_value :]
+    if (
+        torch.compiler.is_compiling()
+        or transformed()
+        or not linear
+        or any(v is not None and v.requires_grad for v in values)
+    ):
+        return list(tensors)
+    return [*[None] * spec.first_value, *values]
+
+
+def _by_maps(
+    spec: Spec, wanted: Sequence[tuple[int, int]], grads: Sequence[Tensor | None], values: Sequence[Any],
+    dtypes: Sequence[Any], factor: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the tensor arguments, the wanted ones by maps of up to three outputs each."""
+    found: list[Tensor | None] = [None] * len(dtypes)
+    for start in range(0, len(wanted), rows.MAX_OUTS):
+        part = wanted[start : start + rows.MAX_OUTS]
+        back, arguments = transposed_call(spec, part, grads, values, [dtypes[slot] for slot, _ in part], factor)
+        for (slot, _), result in zip(part, map_rows(back, *arguments), strict=True):
+            found[slot] = result
+    return found
+
+
+class _CompiledMap(torch.autograd.Function):
+    @staticmethod
+    def forward(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return run_map(spec, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        spec, *tensors = inputs
+        ctx.spec, ctx.given, ctx.dtypes = spec, _given(tensors), _dtypes(tensors)
+        ctx.save_for_backward(*_kept(spec, tensors))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        spec, needed, tensors = ctx.spec, ctx.needs_input_grad[1:], ctx.saved_tensors
+        wanted = [] if all(g is None for g in grads) else transposed_terms(spec, ctx.given, needed)
+        if wanted is None:
+            return (None, *pulled_back(spec, tensors, grads, needed))
+        return (None, *_by_maps(spec, wanted, grads, tensors[spec.first_value :], ctx.dtypes, None))
+
+
+class _Map(_CompiledMap):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _CompiledMap.setup_context(ctx, inputs, output)
+        if transformed():
+            ctx.n_out = len(output)
+            ctx.out_dtypes = _dtypes(output)
+            ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        found = pushed_forward(ctx.spec, ctx.saved_tensors, tangents, ctx.n_out)
+        return tuple(t.to(dtype) for t, dtype in zip(found, ctx.out_dtypes, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *tensors: Tensor | None) -> tuple[Any, Any]:
+        spec, tensors = _drawn_once(spec, in_dims[1:], tensors)
+
+        def one(*full: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(invoke(reference.map, spec, full, spec.dtypes, spec.size, spec.device))
+
+        outs = _over_lanes(one, in_dims[1:], tensors)
+        return outs, (0,) * len(outs)
+
+
+class _CompiledReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return run_reduce(spec, mask, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        spec, mask, *tensors = inputs
+        residual, _ = output
+        ctx.mark_non_differentiable(residual)
+        ctx.spec, ctx.given, ctx.dtypes = spec, _given(tensors), _dtypes(tensors)
+        ctx.save_for_backward(residual, *_kept(spec, tensors))  # the residual has the mask in it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Any, grad_sums: Tensor) -> tuple[Any, ...]:
+        spec, needed = ctx.spec, ctx.needs_input_grad[2:]
+        residual, *tensors = ctx.saved_tensors
+        factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
+        wanted = transposed_terms(spec, ctx.given, needed)
+        if wanted is None:
+            g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
+            return (None, None, *pulled_back(spec, tensors, [g], needed))
+        return (None, None, *_by_maps(spec, wanted, [residual], tensors[spec.first_value :], ctx.dtypes, factor))
+
+
+class _Reduce(_CompiledReduce):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _CompiledReduce.setup_context(ctx, inputs, output)
+        if transformed():
+            ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> tuple[None, Tensor]:
+        mask, *tensors = ctx.saved_tensors
+        of = Terms(ctx.spec, tensors)
+        r = reference.combine(list(of.by_term.items()), of.cells, 0)
+        (d_r,) = pushed_forward(ctx.spec, tensors, tangents, 1)
+        if mask is not None:
+            weight = mask.to(r.dtype)
+            r, d_r = torch.where(weight != 0, r, 0.0), torch.where(weight != 0, weight * d_r, 0.0)
+        change = r.sign() * d_r if ctx.spec.kind else 2.0 * r * d_r
+        change = reference.by_sample(change)[:, None]
+        return None, torch.cat([change, torch.zeros_like(change)], dim=1)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], spec: Spec, mask: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Any, Any]:
+        spec, tensors = _drawn_once(spec, in_dims[2:], tensors)
+
+        def one(mask: Tensor | None, *full: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(invoke(reference.reduce, spec, full, mask, spec.kind))
+
+        return _over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
+
+
+def _drawn_once(
+    spec: Spec, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]
+) -> tuple[Spec, tuple[Tensor | None, ...]]:
+    """The same call with its noise as a tensor, where all lanes draw the same."""
+    slot = next((slot for slot in (X, M) if tensors[slot] is not None), None)
+    if not spec.noise or slot is None or in_dims[DEVICE_KEY] is not None or in_dims[SAMPLE_IDS] is not None:
+        return spec, tuple(tensors)
+    like, found = tensors[slot], list(tensors)
+    assert like is not None
+    lane = like if in_dims[slot] is None else like.select(in_dims[slot], 0)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    found[Z] = draw(spec, tensors[DEVICE_KEY], tensors[SAMPLE_IDS], lane.shape, like.device, wide)
+    return spec._replace(noise=0), tuple(found)
+
+
+def _over_lanes(one: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]) -> Any:
+    """torch.vmap of `one` over the batched arguments; the others, and those not given, are closed over."""
+    batched = [k for k, dim in enumerate(in_dims) if dim is not None]
+    given: list[Any] = [tensors[k] for k in batched]
+
+    def lane(*parts: Tensor) -> Any:
+        full = list(tensors)
+        for k, part in zip(batched, parts, strict=True):
+            full[k] = part
+        return one(*full)
+
+    return torch.vmap(lane, in_dims=tuple(in_dims[k] for k in batched))(*given)

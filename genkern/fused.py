@@ -1,0 +1,220 @@
+"""Apply a row of coefficients to arrays: one pass of a kernel, whatever kind of arrays they are.
+
+    m     = m_u + w (m_c - m_u)
+    y     = clamp(a x + b m, lo, hi)
+    out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
+
+torch tensors go to torch.ops.genkern, NumPy arrays to genkern._arrays, and either to the plain PyTorch reference where
+no kernel serves them. A term that is not given is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from . import check, rows
+from .noise import Noise, as_int64
+from .spec import Spec
+
+NAMES = ("x", "m", "m_uncond", "noise", "h[0]", "h[1]", "h[2]")
+KINDS = ("l2", "l1")
+
+AnyRow = rows.Row | rows.RowTable | rows.DDIMRow
+
+
+def apply_row(
+    row: AnyRow, *, x: Any = None, m: Any = None, m_uncond: Any = None, h: Sequence[Any] = (), noise: Any = None,
+    out: Any = None, dtypes: Sequence[Any] | None = None, size: Sequence[int] | None = None, device: Any = None,
+    uniform: bool = False, names: Sequence[str] = NAMES,
+) -> tuple[Any, ...]:  # fmt: skip
+    """map: the outputs of a row.
+
+    Args:
+        row: a Row, a DDIMRow, or a RowTable.
+        x: state.  [B, ...], float16/bfloat16/float32/float64.
+        m: network output.  [B, ...], of x's dtype or a lower precision; so are the terms below.
+        m_uncond: unconditional network output, with m the conditional one; the row's guidance weighs them.
+        h: up to three further tensors.
+        noise: a Noise, drawn in the kernel; a tensor; or None: where the row needs noise, a fresh Noise governed by
+            torch.manual_seed (from the operating system for NumPy arrays).
+        out: an array (or a tuple of them, one an output) to write to; may be an input itself.
+        dtypes: of the outputs; default x's (else m's, else noise's).
+        size, device: of the outputs of a row of noise alone.
+        uniform: draw uniforms in (0, 1) instead of normals.
+        names: what to call x, m, m_uncond, noise and h in messages.
+
+    Returns:
+        A tuple of one to three arrays, with a dense x's strides.
+
+    Raises:
+        ValueError: shapes, devices or lengths that differ. TypeError: arrays of mixed kinds or not floating.
+    """
+    packed = rows.pack(row)
+    given = _checked(packed, x, m, m_uncond, h, noise, size, device, names)
+    outs = None if out is None else (out,) if not isinstance(out, (tuple, list)) else tuple(out)
+    if dtypes is None:
+        dtypes = (given.like.dtype,) * packed.n_out if given.like is not None else [o.dtype for o in outs or ()]
+    if len(dtypes) != packed.n_out:
+        raise ValueError(f"dtypes: expected {packed.n_out}, one an output, got {len(dtypes)}")
+    if outs is not None:
+        if len(outs) != packed.n_out:
+            raise ValueError(f"out: expected {packed.n_out} arrays, one an output, got {len(outs)}")
+        labels = ["out"] if packed.n_out == 1 else [f"out[{j}]" for j in range(packed.n_out)]
+        like = given.like if given.like is not None else outs[0]
+        check.outputs(list(zip(labels, outs, strict=True)), like, given.shape, dtypes, given.named)
+    if given.numpy:
+        from . import arrays
+
+        spec, tensors = _call(packed, given, noise, uniform, tuple(arrays.code_of(dtype) for dtype in dtypes))
+        return arrays.run_map(spec, outs, *tensors)
+    functions = _torch_side()
+    spec, tensors = _call(packed, given, noise, uniform, tuple(functions.CODES[dtype] for dtype in dtypes))
+    if outs is None:
+        return functions.map_rows(spec, *tensors)
+    functions.map_rows_out(spec, outs, *tensors)
+    return outs
+
+
+def reduce_row(
+    row: AnyRow, *, x: Any = None, m: Any = None, m_uncond: Any = None, h: Sequence[Any] = (), noise: Any = None,
+    mask: Any = None, kind: str = "l2", names: Sequence[str] = NAMES,
+) -> tuple[Any, Any]:  # fmt: skip
+    """reduce: the residual r of a row with one output, and sums over every sample.
+
+    Args:
+        mask: bool or floating, broadcastable to x's shape; weighs rho(r). False and 0 leave an element out,
+            whatever it holds.
+        kind: "l2" sums mask r^2 and returns mask r; "l1" sums mask |r| and returns mask sign(r).
+        others: as in apply_row.
+
+    Returns:
+        (residual, sums): the residual in m's dtype (x's without m), without a gradient; sums [B, 2], float32 (float64
+        for float64): of rho(r), and of the mask (the number of unmasked elements), differentiable once.
+    """
+    packed = rows.pack(row)
+    if packed.n_out != 1:
+        raise ValueError(f"row: expected one output, the residual, got {packed.n_out}")
+    given = _checked(packed, x, m, m_uncond, h, noise, None, None, names)
+    mask = None if mask is None else check.mask(mask, given.like)
+    code = KINDS.index(check.choice("kind", kind, KINDS))
+    spec, tensors = _call(packed, given, noise, False, (), code)
+    if given.numpy:
+        from . import arrays
+
+        return arrays.run_reduce(spec, mask, *tensors)
+    return _torch_side().reduce_rows(spec, mask, *tensors)
+
+
+_functions: Any = None
+
+
+def _torch_side() -> Any:
+    """genkern.functions, which needs torch; kept, as an import statement costs a microsecond a call."""
+    global _functions
+    if _functions is None:
+        from . import functions
+
+        _functions = functions
+    return _functions
+
+
+class _Given(NamedTuple):
+    """The arrays of a call, checked."""
+
+    numpy: bool
+    like: Any  # the array whose shape, dtype and strides the outputs take; None for noise alone
+    named: list[tuple[str, Any]]
+    shape: tuple[int, ...]
+    device: Any
+
+
+def _checked(
+    packed: rows.Packed, x: Any, m: Any, m_uncond: Any, h: Sequence[Any], noise: Any, size: Any, device: Any,
+    names: Sequence[str],
+) -> _Given:  # fmt: skip
+    if len(h) > rows.MAX_H:
+        raise ValueError(f"h: expected at most {rows.MAX_H} tensors, got {len(h)}")
+    z = None if noise is None or isinstance(noise, Noise) else noise
+    named = list(zip((*names, *NAMES[len(names) :]), (x, m, m_uncond, z, *h), strict=False))
+    check.terms(named)
+    like = x if x is not None else m if m is not None else z
+    if like is None and (any(t is not None for t in (m_uncond, *h)) or size is None):
+        raise ValueError(f"{names[0]}: expected {names[0]}, {names[1]} or a noise tensor, got None")
+    if m_uncond is not None and m is None:
+        raise ValueError(f"{names[1]}: expected the conditional output beside {names[2]}, got None")
+    if like is None:
+        given = _Given(device == "numpy", None, named, check.shape(size), None if device == "numpy" else device)
+    else:
+        numpy = check.is_array(like)
+        given = _Given(numpy, like, named, like.shape, None if numpy else like.device)
+    if packed.table is not None:
+        check.table(packed.table, packed.index, rows.n_cells(packed.n_out), like, given.shape[0])
+    return given
+
+
+def _call(
+    packed: rows.Packed, given: _Given, noise: Any, uniform: bool, dtypes: tuple[int, ...], kind: int = 0
+) -> tuple[Spec, list[Any]]:
+    """Settles where the noise comes from, and lays the coefficients out. No check fails after a seed is drawn."""
+    x, m, m_uncond, z, *h = (array for _, array in given.named)
+    draws = isinstance(noise, Noise) if packed.draws is None else packed.draws
+    draw, device_key, sample_ids = 0, None, None
+    key: tuple[int, ...] = ()
+    if packed.draws is False:
+        z = None
+    elif draws and z is None:
+        noise = _fresh(given.numpy) if noise is None else noise
+        draw = 2 if uniform else 1
+        key, device_key = _key(noise, given.numpy, given.device)
+        if noise.sample_ids is not None:
+            sample_ids = check.sample_ids(noise.sample_ids, given.shape[0], given.numpy, given.device)
+
+    row, values, cells, scales, formula = packed.row, packed.values, packed.cells, packed.scales, packed.formula
+    if values and given.numpy:
+        values = [_ready(value) for value in values]
+    elif values:
+        functions = _torch_side()
+        if formula:
+            row, values, cells, scales, formula = functions.differentiable_formula(packed)
+        values = [functions.ready(value) for value in values]
+    alone = given.like is None
+    spec = Spec(
+        tuple(row), len(h), tuple(cells), tuple(scales), formula, draw, key, packed.use_pred, dtypes,
+        given.shape if alone else None, given.device if alone else None, kind,
+    )  # fmt: skip
+    return spec, [x, m, m_uncond, z, packed.table, packed.index, device_key, sample_ids, *h, *values]
+
+
+def _ready(value: Any) -> Any:
+    """An array of coefficients as the kernels read it: contiguous, float32 or float64."""
+    import numpy
+
+    return numpy.ascontiguousarray(value, dtype=None if value.dtype.itemsize >= 4 else numpy.float32)
+
+
+def _fresh(numpy: bool) -> Noise:
+    if numpy:
+        return Noise.fresh(torch_governs=False)
+    import torch
+
+    if not torch.compiler.is_compiling():
+        return Noise.fresh()
+    halves = torch.randint(0, 1 << 32, (2,), dtype=torch.int64)  # a tensor, so that a new seed is no new graph
+    return Noise(seed=(halves[:1] << 32) | halves[1:])
+
+
+def _key(noise: Noise, numpy: bool, device: Any) -> tuple[tuple[int, ...], Any]:
+    """(seed, stream, draw) on the host, and (seed, stream, 0) on the device where one of them is a tensor."""
+    if not noise.on_device:
+        return (as_int64(int(noise.seed)), as_int64(int(noise.stream)), noise.draw), None
+    if numpy:
+        numbers = [int(part) for part in (noise.seed, noise.stream)]
+        return (numbers[0], numbers[1], noise.draw), None
+    import torch
+
+    parts = [
+        part if isinstance(part, torch.Tensor) else torch.full((1,), as_int64(part), dtype=torch.int64)
+        for part in (noise.seed, noise.stream, 0)
+    ]
+    return (0, 0, noise.draw), torch.cat([part.reshape(1).to(device) for part in parts])

@@ -1,0 +1,365 @@
+"""The named fused ops. Each is one pass of a kernel: a row of coefficients applied to the arrays around the network.
+
+They take torch tensors, with gradients in reverse and forward mode for every tensor argument (coefficients included),
+or NumPy arrays, and return the same kind. A coefficient is a number, or a tensor of shape [B] (one a sample) or of one
+element; a number that changes under torch.compile recompiles, a tensor does not. Dimension 0 is the batch. Outputs
+have the state's dtype, device and strides. Arithmetic is float32, float64 for float64 arrays.
+
+The same names in plain PyTorch are in genkern.reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import check, rows
+from .fused import apply_row, reduce_row
+from .noise import Noise
+from .rows import DDIMRow, Out, Row, times
+
+Array = Any  # a torch tensor or a NumPy array
+Coef = Any  # a number, or an array of shape [B] or of one element
+
+PREDICTIONS = ("epsilon", "v", "sample")
+LOSSES = ("l2", "l1", "pseudo_huber")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def randn(
+    shape: Sequence[int], *, noise: Noise, device: Any = None, dtype: Any = None, out: Array | None = None
+) -> Array:
+    """Standard normal noise:  z[b, i] = f(seed, stream, draw, sample_id[b], i), and of nothing else.
+
+    Args:
+        shape: of the result, dimension 0 the batch.
+        noise: which numbers.
+        device: a torch device; default that of `out`, or the CPU.
+        dtype: a torch dtype, default torch's default dtype; or a NumPy dtype, for a NumPy array. A half-precision
+            result is the float32 one, rounded.
+        out: written instead of a new array.
+
+    Returns:
+        The noise.  [B, ...].
+
+    Raises:
+        ValueError: an empty shape, a negative size, sample_ids that are not [B].
+        TypeError: a dtype that is not floating.
+
+    Source: Salmon et al. 2011 (Philox-4x32-10); Box, Muller 1958.
+    """
+    return _noise_alone(shape, noise, device, dtype, out, uniform=False)
+
+
+def uniform(
+    shape: Sequence[int], *, noise: Noise, device: Any = None, dtype: Any = None, out: Array | None = None
+) -> Array:
+    """Uniform numbers in (0, 1):  (w + 1/2) 2^-32 with w the words of Philox-4x32-10. Arguments as of randn."""
+    return _noise_alone(shape, noise, device, dtype, out, uniform=True)
+
+
+def add_noise(
+    x: Array,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    noise: Noise | Array | None = None,
+    return_noise: bool = False,
+    out: Any = None,
+) -> Any:
+    """Noise a sample:  x_t = alpha x + sigma z.
+
+    Args:
+        x: data.  [B, ...], float16/bfloat16/float32/float64.
+        alpha, sigma: scales of the path, finite and >= 0.  float, or [B].
+        noise: a Noise, drawn in the kernel; a tensor [B, ...] of x's dtype or a lower precision; None: a fresh Noise.
+        return_noise: return (x_t, z), z in x's dtype.
+        out: written instead of a new array (a pair with return_noise); may be x.
+
+    Returns:
+        x_t, or (x_t, z).  [B, ...], x's dtype, device and strides.
+
+    Raises:
+        ValueError: shapes or devices differ; alpha or sigma is negative or not finite (looked at on the host).
+        TypeError: integer, boolean or complex arrays.
+
+    Source: (13.4) with alpha = sqrt(alphas_cumprod); (13.21), (13.24).
+    """
+    alpha, sigma = _coef("alpha", alpha, x, 0.0), _coef("sigma", sigma, x, 0.0)
+    outs = (Out(x=alpha, z=sigma), Out(z=1.0)) if return_noise else (Out(x=alpha, z=sigma),)
+    found = apply_row(Row(outs), x=x, noise=noise, out=out)
+    return found if return_noise else found[0]
+
+
+def ddim_step(
+    x_t: Array, model_output: Array, alpha_t: Coef, sigma_t: Coef, alpha_s: Coef, sigma_s: Coef, *, eta: Coef = 0.0,
+    noise: Noise | Array | None = None, prediction: str = "epsilon", clip: Any = None, uncond: Array | None = None,
+    guidance_scale: Coef | None = None, return_pred: bool = False, out: Any = None,
+) -> Any:  # fmt: skip
+    """One step of DDIM or DDPM, from t to s:
+
+        x_s = alpha_s y + sqrt(sigma_s^2 - d^2) epsilon + d z
+        d   = eta (sigma_s / sigma_t) sqrt(1 - alpha_t^2 / alpha_s^2)
+
+    with y the predicted data, clamped when asked, and epsilon the network's own, unclamped:
+
+        prediction   y                                  epsilon
+        "epsilon"    (x_t - sigma_t epsilon) / alpha_t  model_output
+        "v"          alpha_t x_t - sigma_t v            alpha_t v + sigma_t x_t
+        "sample"     model_output                       (x_t - alpha_t y) / sigma_t
+
+    Args:
+        x_t: state at t.  [B, ...], float16/bfloat16/float32/float64.
+        model_output: the network's output at t.  [B, ...], of x_t's dtype or a lower precision.
+        alpha_t, sigma_t, alpha_s, sigma_s: scales of the path at t and s, finite and >= 0.  float, or [B].
+        eta: 0 is DDIM and draws nothing; 1 has the DDPM's posterior variance.  float >= 0, or [B].
+        noise: a Noise, a tensor [B, ...], or None: a fresh Noise where eta needs one.
+        prediction: "epsilon", "v" or "sample".
+        clip: None, (lo, hi), or c for (-c, c): clamps y.
+        uncond: the network's unconditional output; model_output is then the conditional one, and
+            uncond + guidance_scale (model_output - uncond) takes its place.
+        guidance_scale: with uncond.  float, or [B].
+        return_pred: return (x_s, y).
+        out: written instead of a new array (a pair with return_pred); may be x_t.
+
+    Returns:
+        x_s, or (x_s, y).  [B, ...], x_t's dtype, device and strides.
+
+    Raises:
+        ValueError: shapes or devices differ; a coefficient outside its range; an eta that makes sigma_s^2 - d^2
+            negative (values are looked at on the host). TypeError: integer, boolean or complex arrays.
+
+    Source: (13.13); Song, Meng, Ermon, arXiv:2010.02502. v: Salimans, Ho, arXiv:2202.00512.
+    """
+    check.choice("prediction", prediction, PREDICTIONS)
+    alpha_t, sigma_t = _coef("alpha_t", alpha_t, x_t, 0.0), _coef("sigma_t", sigma_t, x_t, 0.0)
+    alpha_s, sigma_s = _coef("alpha_s", alpha_s, x_t, 0.0), _coef("sigma_s", sigma_s, x_t, 0.0)
+    eta = _coef("eta", eta, x_t, 0.0)
+    check.ddim_path(prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, rows.ROUNDING)
+    row = DDIMRow(
+        prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, check.clip_range(clip),
+        _guidance(uncond, guidance_scale, x_t), return_pred,
+    )  # fmt: skip
+    names = ("x_t", "model_output", "uncond", "noise")
+    found = apply_row(
+        row, x=x_t, m=_needed("model_output", model_output), m_uncond=uncond, noise=noise, out=out, names=names
+    )
+    return found if return_pred else found[0]
+
+
+def euler_step(
+    x: Array, v: Array, dt: Coef, *, uncond: Array | None = None, guidance_scale: Coef | None = None,
+    out: Array | None = None,
+) -> Array:  # fmt: skip
+    """Euler's step:  x + dt v.
+
+    Args:
+        x: state at t.  [B, ...], float16/bfloat16/float32/float64.
+        v: velocity at (x, t).  [B, ...], of x's dtype or a lower precision.
+        dt: step, in units of t; negative runs backward.  float, or [B].
+        uncond: unconditional velocity; v is then the conditional one, and uncond + guidance_scale (v - uncond)
+            takes its place.
+        guidance_scale: with uncond.  float, or [B].
+        out: written instead of a new array; may be x.
+
+    Returns:
+        The state at t + dt.  [B, ...], x's dtype, device and strides.
+
+    Raises:
+        ValueError: shapes or devices differ; dt is not finite (looked at on the host).
+        TypeError: integer, boolean or complex arrays.
+
+    Source: (13.22), (13.24), (13.27), (13.31); Ascher, Petzold 1998, section 3.1.
+    """
+    row = Row((Out(x=1.0, m=_coef("dt", dt, x)),), guidance=_guidance(uncond, guidance_scale, x))
+    names = ("x", "v", "uncond")
+    return apply_row(row, x=x, m=_needed("v", v), m_uncond=uncond, out=out, names=names)[0]
+
+
+def heun_step(x: Array, v: Array, v_next: Array, dt: Coef, *, out: Array | None = None) -> Array:
+    """Heun's corrector, one fused pass:  x + dt/2 (v + v_next).
+
+    Args:
+        x: state at t.  [B, ...], float16/bfloat16/float32/float64.
+        v: velocity at (x, t).  [B, ...], of x's dtype or a lower precision.
+        v_next: velocity at (x + dt v, t + dt).  [B, ...], as v.
+        dt: step, in units of t; negative runs backward.  float, or [B].
+        out: written instead of a new array; may be x.
+
+    Returns:
+        The state at t + dt.  [B, ...], x's dtype, device and strides.
+
+    Raises:
+        ValueError: shapes or devices differ; dt is not finite (looked at on the host).
+        TypeError: integer, boolean or complex arrays.
+
+    Source: the seed's 13.4.1 (numerical ODE solvers); Ascher, Petzold 1998, section 4.1.
+    """
+    half = times(0.5, _coef("dt", dt, x))
+    names = ("x", "v", "m_uncond", "noise", "v_next")
+    row = Row((Out(x=1.0, m=half, h=(half,)),))
+    return apply_row(row, x=x, m=_needed("v", v), h=(_needed("v_next", v_next),), out=out, names=names)[0]
+
+
+def consistency_skip(
+    x: Array, network_output: Array, c_skip: Coef, c_out: Coef, *, uncond: Array | None = None,
+    guidance_scale: Coef | None = None, out: Array | None = None,
+) -> Array:  # fmt: skip
+    """The skip parameterisation of a consistency model:  f = c_skip x + c_out F.
+
+    Args:
+        x: state.  [B, ...], float16/bfloat16/float32/float64.
+        network_output: F(c_in x, c_noise).  [B, ...], of x's dtype or a lower precision.
+        c_skip, c_out: c_skip = 1 and c_out = 0 at the smallest time, so that f is the identity there.  float, or [B].
+        uncond: unconditional network output; network_output is then the conditional one, and
+            uncond + guidance_scale (network_output - uncond) takes its place.
+        guidance_scale: with uncond.  float, or [B].
+        out: written instead of a new array; may be x.
+
+    Returns:
+        f(x, t).  [B, ...], x's dtype, device and strides.
+
+    Raises:
+        ValueError: shapes or devices differ; a coefficient is not finite (looked at on the host).
+        TypeError: integer, boolean or complex arrays.
+
+    Source: (13.29); Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469.
+    """
+    outs = (Out(x=_coef("c_skip", c_skip, x), m=_coef("c_out", c_out, x)),)
+    row = Row(outs, guidance=_guidance(uncond, guidance_scale, x))
+    names = ("x", "network_output", "uncond")
+    network_output = _needed("network_output", network_output)
+    return apply_row(row, x=x, m=network_output, m_uncond=uncond, out=out, names=names)[0]
+
+
+def path_loss(
+    model_output: Array, x: Array | None = None, *, x_coef: Coef = 0.0, noise_coef: Coef = 0.0,
+    noise: Noise | Array | None = None, m_coef: Coef = 1.0, h: Sequence[Array] = (), h_coefs: Sequence[Coef] = (),
+    weight: Coef | None = None, mask: Array | None = None, kind: str = "l2", c: float | None = None,
+    reduction: str = "mean",
+) -> Array:  # fmt: skip
+    """A loss against a target on the path:  r = m_coef F - (x_coef x + noise_coef z + sum_k h_coefs[k] h_k).
+
+        kind             loss of a sample, with w the mask (1 without one)
+        "l2"             sum w r^2 / sum w
+        "l1"             sum w |r| / sum w
+        "pseudo_huber"   sqrt(sum w r^2 + c^2) - c
+
+    reduced over the batch with its weights: "mean" is sum_b weight_b loss_b / B, "sum" without the division, "none"
+    the [B] numbers weight_b loss_b. The target is never written, noise given as a Noise is drawn again in this pass,
+    and the gradient of F is one more pass over the residual.
+
+    Args:
+        model_output: F.  [B, ...], float16/bfloat16/float32/float64, of x's dtype or a lower precision.
+        x: data.  [B, ...]; None: left out. Without x, the first of h, or a given noise, may have the higher precision.
+        x_coef, noise_coef, m_coef: float, or [B].
+        noise: a Noise, or a tensor [B, ...]; needed where noise_coef is not 0.
+        h: up to three further tensors of the target.  [B, ...].
+        h_coefs: their coefficients; default 1.0 each.
+        weight: of a sample's loss.  float, or [B].
+        mask: w, bool or floating (>= 0), broadcastable to F's shape. An element where it is False or 0 is left out,
+            whatever it holds; a sample without any has loss 0.
+        kind: "l2", "l1" or "pseudo_huber".
+        c: of "pseudo_huber", > 0; default 0.00054 sqrt(elements of a sample) (arXiv:2310.14189).
+        reduction: "mean", "sum" or "none". An empty batch has loss 0.
+
+    Returns:
+        The loss, float32 (float64 for float64): a 0-d tensor, or [B].
+
+    Raises:
+        ValueError: shapes, devices or lengths differ; noise is missing; a coefficient is not finite (looked at on the
+            host). TypeError: integer, boolean or complex arrays. RuntimeError: a second derivative.
+
+    Source: (13.10), (13.20), (13.23), (13.24), (13.32).
+    """
+    model_output = _needed("model_output", model_output)
+    check.choice("kind", kind, LOSSES)
+    check.choice("reduction", reduction, REDUCTIONS)
+    check.terms([("model_output", model_output)])
+    h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
+    if len(coefs) != len(h):
+        raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
+    names = ["h[0]", "h[1]", "h[2]"]
+    x_name = "x"
+    x_coef, noise_coef, m_coef = (
+        _coef(name, value, model_output)
+        for name, value in (("x_coef", x_coef), ("noise_coef", noise_coef), ("m_coef", m_coef))
+    )
+    coefs = tuple(_coef(f"h_coefs[{k}]", value, model_output) for k, value in enumerate(coefs))
+    if noise is None and not (isinstance(noise_coef, float) and noise_coef == 0.0):
+        raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
+    if x is None and h:  # the first term may be of higher precision than F, so the state's place is not left empty
+        x_name, x, x_coef, h, coefs, names = names[0], h[0], coefs[0], h[1:], coefs[1:], names[1:]
+    elif x is None and noise is not None and not isinstance(noise, Noise):
+        x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
+    row = Row(
+        (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
+    )
+    _, sums = reduce_row(
+        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind="l1" if kind == "l1" else "l2",
+        names=(x_name, "model_output", "m_uncond", "noise", *names),
+    )  # fmt: skip
+    total, count = sums[:, 0], sums[:, 1]
+    if kind == "pseudo_huber":
+        elements = 1
+        for size in model_output.shape[1:]:
+            elements *= size
+        c = 0.00054 * max(elements, 1) ** 0.5 if c is None else check.number("c", c)
+        if not c > 0.0:
+            raise ValueError(f"c: expected a number > 0, got {c}")
+        loss = (total + c * c) ** 0.5 - c
+    else:
+        loss = total / (count + (count == 0))
+    if weight is not None:
+        weight = _coef("weight", weight, model_output)
+        loss = loss * (weight if isinstance(weight, float) else _as(weight, loss))
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def _as(value: Array, like: Array) -> Array:
+    return value.to(like.dtype) if check.is_tensor(value) else value.astype(like.dtype)
+
+
+def _needed(name: str, value: Array | None) -> Array:
+    if value is None:
+        raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got None")
+    return value
+
+
+def _coef(name: str, value: Coef, like: Array, low: float = -float("inf")) -> Coef:
+    return check.coefficient(name, value, like, low)
+
+
+def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | None:
+    if uncond is None:
+        if scale is not None:
+            raise ValueError("uncond: expected the unconditional output beside guidance_scale, got None")
+        return None
+    if scale is None:
+        raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
+    return check.coefficient("guidance_scale", scale, like)
+
+
+def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise: expected a Noise, got {type(noise).__name__}")
+    size = check.shape(shape)
+    kind = check.kind_of([("out", out)])
+    if out is not None:
+        dtype = out.dtype if dtype is None else dtype
+        device = device if kind == "numpy" or device is not None else out.device
+    if kind == "numpy" or check.is_numpy_dtype(dtype):
+        import numpy
+
+        device, dtype = "numpy", numpy.dtype(dtype)
+    else:
+        import torch
+
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        device = torch.get_default_device() if device is None else torch.device(device)
+    if not hasattr(dtype, "itemsize") or not check.is_float(dtype):
+        raise TypeError(f"dtype: expected {check.FLOATS}, got {dtype}")
+    row = Row((Out(z=1.0),))
+    return apply_row(row, noise=noise, out=out, dtypes=(dtype,), size=size, device=device, uniform=uniform)[0]

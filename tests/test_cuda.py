@@ -1,0 +1,98 @@
+"""What only a GPU can show: bits against the CPU over many normals, very large tensors, streams and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import genkern as gk
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def test_normals_have_the_same_bits_on_cpu_and_cuda() -> None:
+    """2^26 of them, over samples whose size is no multiple of four."""
+    shape = (64, (1 << 20) + 1)
+    noise = gk.Noise(seed=0x0123456789ABCDEF, stream=77)
+    cpu = gk.ops.randn(shape, noise=noise, device="cpu")
+    cuda = gk.ops.randn(shape, noise=noise, device="cuda").cpu()
+    assert torch.equal(cpu.view(torch.int32), cuda.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_map_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, m = (torch.randn((7, 3, 33, 5), generator=generator).to(dtype) for _ in range(2))
+    alpha_t, sigma_t = torch.rand(7, generator=generator) + 0.1, torch.rand(7, generator=generator) + 0.1
+    noise = gk.Noise(seed=5)
+
+    def step(device: str) -> torch.Tensor:
+        values = [t.to(device) for t in (x, m, alpha_t, sigma_t)]
+        return gk.ops.ddim_step(*values, 1.0, 0.05, eta=0.01, noise=noise, clip=(-1.0, 1.0)).cpu()
+
+    assert torch.equal(step("cpu"), step("cuda"))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 30 << 30,
+    reason="needs 30 GiB of device memory",
+)
+def test_more_than_2_to_31_elements() -> None:
+    n = (1 << 31) + 4096 + 3
+    x = torch.empty((1, n), device="cuda", dtype=torch.bfloat16).fill_(1.0)
+    out = gk.ops.add_noise(x, 1.0, 1.0, noise=gk.Noise(seed=9))
+    torch.cuda.synchronize()
+    tail = gk.ops.add_noise(torch.ones((1, n), dtype=torch.bfloat16)[:, :8], 1.0, 1.0, noise=gk.Noise(seed=9))
+    assert torch.equal(out[:, :8].cpu(), tail)
+    # The last quad's normals by the reference, at their own index.
+    words = gk.reference.randn_at(torch.arange(n - 8, n), noise=gk.Noise(seed=9), sample_id=0)
+    assert torch.allclose(out[0, -8:].float().cpu(), (1.0 + words).float(), atol=2e-2)
+    stepped = gk.ops.euler_step(x, out, 0.5, out=out)
+    assert torch.isfinite(stepped[:, -4096:]).all()
+
+
+def test_a_side_stream_is_used() -> None:
+    stream = torch.cuda.Stream()
+    x = torch.randn((64, 1 << 16), device="cuda")
+    expected = gk.ops.euler_step(x, x, 0.5)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        found = gk.ops.euler_step(x, x, 0.5)
+        found.record_stream(stream)
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+def test_a_captured_graph_replays_with_a_new_seed_from_device_memory() -> None:
+    x = torch.randn((4, 1000), device="cuda")
+    seed = torch.tensor([1], device="cuda")
+    out = torch.empty_like(x)
+
+    def step() -> None:
+        gk.ops.add_noise(x, 0.8, 0.6, noise=gk.Noise(seed=seed), out=out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for value in (7, 8):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(out, gk.ops.add_noise(x, 0.8, 0.6, noise=gk.Noise(seed=value)))
+
+
+def test_no_op_synchronises() -> None:
+    x, v = (torch.randn((8, 64), device="cuda") for _ in range(2))
+    alpha = torch.rand(8, device="cuda")
+    gk.ops.add_noise(x, alpha, alpha, noise=gk.Noise(seed=1))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gk.ops.add_noise(x, alpha, alpha, noise=gk.Noise(seed=1))
+        gk.ops.euler_step(x, v, 0.1)
+        gk.ops.path_loss(v.requires_grad_(), x, x_coef=1.0, noise_coef=-1.0, noise=gk.Noise(seed=1)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
