@@ -1,0 +1,116 @@
+"""What the four losses share: their noise, their times, the network's call, the loss of a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from .. import check, ops
+from ..noise import Noise, Purpose
+from ..samplers import network
+from ..samplers.loop import resolve_noise
+
+Weight = float | Tensor | Callable[[Tensor], Tensor] | None
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments of every loss(), and what they mean there.
+
+    noise: a Noise: times and noise are functions of its seed, stream and sample_ids; or the noise itself, [B, ...].
+        Default: a seed from torch's CPU generator.
+    generator: a torch.Generator that the seed is drawn from.
+    weight: of a sample's loss: a number, a tensor [B], or a callable of the times [B] giving one.
+    mask: bool or floating, broadcastable to x: elements left out of the loss.
+    kind: "l2", "l1" or "pseudo_huber" (ops.path_loss).
+    reduction: "mean", "sum" or "none".
+    cond: keyword arguments of the model; tensors have the batch as dimension 0.
+    model_dtype: of the network's input; default that of the model's first parameter, else x's.
+    """
+
+    noise: Noise | Tensor | None
+    generator: torch.Generator | None
+    weight: Weight
+    mask: Tensor | None
+    kind: str
+    reduction: str
+    cond: Mapping[str, Any] | None
+    model_dtype: torch.dtype | None
+
+
+class Batch:
+    """A training batch: data, where its random numbers come from, and the call of a network on it."""
+
+    def __init__(self, model: Any, x: Tensor, options: Mapping[str, Any]) -> None:
+        unknown = options.keys() - LossOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"loss() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
+        check.terms([("x", x)])
+        given = options.get("noise")
+        self.z: Noise | Tensor
+        if isinstance(given, Tensor):
+            check.terms([("x", x), ("noise", given)])
+            self.source, self.z = resolve_noise(None, None, options.get("generator")), given
+        elif given is None or isinstance(given, Noise):
+            self.source = resolve_noise(None, given, options.get("generator"))
+            self.z = self.source.at(Purpose.TRAINING)
+        else:
+            raise TypeError(f"noise: expected a Noise or a tensor, got {type(given).__name__}")
+        self.model, self.size, self.device = model, x.shape[0], x.device
+        self.cond = network.conditions("cond", options.get("cond"), self.size)
+        dtype = options.get("model_dtype")
+        self.model_dtype = network.dtype_of(model, x.dtype) if dtype is None else dtype
+        # Terms of a row have at most the state's precision, and the network's output is one of them.
+        wide = self.model_dtype.itemsize > x.dtype.itemsize
+        self.x = x.to(self.model_dtype) if wide else x
+        self._options = options
+
+    @property
+    def coef_dtype(self) -> torch.dtype:
+        """Of tables and times: float64 for float64 data, else float32."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    def uniform(self) -> Tensor:
+        """One number in (0, 1] a sample, [B]."""
+        noise = self.source.at(Purpose.TIMES)
+        return ops.uniform((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
+
+    def normal(self) -> Tensor:
+        """One standard normal number a sample, [B]."""
+        return ops.randn((self.size,), noise=self.source.at(Purpose.TIMES), device=self.device, dtype=self.coef_dtype)
+
+    def index(self, count: int) -> Tensor:
+        """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
+        return (self.uniform() * count).long().clamp_(max=count - 1)  # a uniform may be rounded to 1
+
+    def given_index(self, name: str, value: Any, count: int) -> Tensor:
+        """Integers of 0 .. count-1 given by the caller, as int64 [B]."""
+        if not isinstance(value, Tensor):
+            return torch.full((self.size,), check.integer(name, value, 0, count - 1), device=self.device)
+        check.indices(name, value, count, self.size)
+        return value.to(self.device)
+
+    def given_time(self, name: str, value: Any, low: float, high: float) -> Tensor:
+        """Times given by the caller, as [B]."""
+        found = check.coefficient(name, value, self.x, low, high)
+        if isinstance(found, float):
+            return torch.full((self.size,), found, device=self.device, dtype=self.coef_dtype)
+        return found.to(self.coef_dtype).expand(self.size).contiguous()
+
+    def call(self, x: Tensor, t: Tensor, model: Any = None, name: str = "model") -> Tensor:
+        """The network, or another, at (x, t)."""
+        found = network.call(self.model if model is None else model, x, t, self.cond, name)
+        return network.at_most(found, self.x.dtype)
+
+    def loss(self, m: Tensor, x: Tensor | None, times: Tensor, **target: Any) -> Tensor:
+        """ops.path_loss under the caller's options."""
+        options = self._options
+        weight = options.get("weight")
+        return ops.path_loss(
+            m, x, **target, weight=weight(times) if callable(weight) else weight, mask=options.get("mask"),
+            kind=options.get("kind", "l2"), reduction=options.get("reduction", "mean"),
+        )  # fmt: skip

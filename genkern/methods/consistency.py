@@ -1,0 +1,300 @@
+"""Consistency models, section 13.4, with epsilon = sigma_min and T = sigma_max.
+
+    f(x, t)  = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)),   f(x, epsilon) = x               (13.29)
+    dx/dt    = -t score(x, t) = (x - D(x, t)) / t                                                (13.27)
+    x^_{t_n} = x_{t_{n+1}} + (t_n - t_{n+1}) Phi(x_{t_{n+1}}, t_{n+1})                             (13.31)
+    L        = E lambda(t_n) d(f(x_{t_{n+1}}, t_{n+1}), f^-(x^_{t_n}, t_n))                        (13.32)
+
+on the times (13.30), with x_{t_{n+1}} ~ N(x, t_{n+1}^2 I), n uniform in 1 .. N-1, D the teacher's denoiser, f^- the
+running average of f, without gradient. (13.31)'s Euler rule is x - (t_n - t_{n+1}) t_{n+1} score(x, t_{n+1}). The
+scalings are in samplers/parameterization.py: with the shift by epsilon for f, without for D.
+
+Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469; Karras et al., arXiv:2206.00364.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import check, grids, ops
+from ..fused import apply_row
+from ..rows import Out, Row
+from ..samplers import Multistep, Preconditioned, loop, network
+from ..samplers.table import Sampler
+from ._training import Batch
+from .flow import sampler_named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Unpack
+
+    from ._training import LossOptions
+
+SOLVERS = ("heun", "euler")
+
+
+class Consistency:
+    """A consistency model and its teacher. Networks are called as F(c_in x, c_noise, **cond), c_noise float32 [B].
+
+    Args:
+        sigma_min: epsilon, the smallest time, > 0.
+        sigma_max: T, the largest.
+        sigma_data: standard deviation of the data, > 0.
+        rho: of the times (13.30), > 0.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max, or sigma_data or rho not positive.
+
+    Source: section 13.4.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rho: float = 7.0
+    ) -> None:
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self.times(2)  # checks them
+        self.function = Preconditioned(sigma_data, sigma_min)
+        self.teacher = Preconditioned(sigma_data)
+        self._tables: dict[Any, Any] = {}
+
+    def times(self, n: int) -> np.ndarray:
+        """t_1 = epsilon < ... < t_n = T of eq. (13.30), [n] float64."""
+        return grids.karras(n, self.sigma_min, self.sigma_max, self.rho)
+
+    def denoise(self, model: Any, x: Tensor, sigma: Any, cond: Mapping[str, Any] | None = None) -> Tensor:
+        """The consistency function, eq. (13.29): f(x, sigma), an estimate of the start of x's trajectory.
+
+        Args:
+            model: F.
+            x: state.  [B, ...], floating.
+            sigma: time, in [epsilon, T]; a number, or [B].
+            cond: keyword arguments of the model.
+
+        Returns:
+            f.  [B, ...], x's dtype. At sigma = epsilon it is x exactly.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be.
+        """
+        return self._apply(self.function, model, x, sigma, cond)
+
+    def teacher_denoise(self, teacher: Any, x: Tensor, sigma: Any, cond: Mapping[str, Any] | None = None) -> Tensor:
+        """The teacher's denoiser D(x, sigma) = E[data | x]; arguments as denoise()."""
+        return self._apply(self.teacher, teacher, x, sigma, cond)
+
+    def teacher_loss(
+        self, teacher: Any, x: Tensor, *, sigma: Any = None, mean: float = -1.2, std: float = 1.2,
+        **options: Unpack[LossOptions],
+    ) -> Tensor:  # fmt: skip
+        """Denoising score matching for the teacher: E |D(x + sigma z, sigma) - x|^2 / c_out^2, in terms of F
+
+            |F - x sigma / (sd r) + z sd / r|^2,       r = sqrt(sigma^2 + sd^2).
+
+        Args:
+            teacher: F, called as teacher(c_in x, c_noise, **cond).
+            x: data.  [B, ...], floating.
+            sigma: [B] or a number, >= epsilon; default lognormal, ln sigma ~ N(mean, std^2).
+            options: LossOptions.
+
+        Returns:
+            The loss, float32: mean over a sample's elements, then over the batch of weight times that.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the teacher's output has another shape than x.
+
+        Source: Karras et al., arXiv:2206.00364, eq. (8) and table 1.
+        """
+        batch, sd = Batch(teacher, x, options), self.teacher.sigma_data
+        if sigma is None:
+            sigma = (batch.normal() * check.number("std", std, 0.0) + check.number("mean", mean)).exp()
+        else:
+            sigma = batch.given_time("sigma", sigma, self.sigma_min, np.inf)
+        c_in = self.teacher.c_in(sigma)
+        in_scale = c_in * sigma
+        noising = Row((Out(x=c_in, z=in_scale),))
+        (seen,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
+        m = batch.call(seen, self.teacher.c_noise(sigma))
+        return batch.loss(m, batch.x, sigma, x_coef=in_scale / sd, noise_coef=c_in * -sd, noise=batch.z)
+
+    def loss(
+        self, model: Any, x: Tensor, *, teacher: Any, target: Any = None, n_steps: int = 18, solver: str = "heun",
+        n: Any = None, **options: Unpack[LossOptions],
+    ) -> Tensor:  # fmt: skip
+        """Consistency distillation, eq. (13.32). Five fused passes around four network calls (Heun).
+
+        Args:
+            model: the student's F.
+            x: data.  [B, ...], floating.
+            teacher: the teacher's F, as teacher_loss() trains it.
+            target: F of f^-, a running average of the student (training.EMA); default the student itself. Neither
+                teacher nor target gets a gradient.
+            n_steps: N, the number of times (13.30), >= 2.
+            solver: of (13.31): "heun" or "euler".
+            n: int64 [B] or an integer of 0 .. N-2, the lower time's index (the seed's n less 1); default uniform.
+            options: LossOptions; a callable weight is called with t_n. `kind` is the metric d.
+
+        Returns:
+            The loss, float32, of the gradient of `model`.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; an output has another shape than x.
+        """
+        n_steps = check.integer("n_steps", n_steps, 2)
+        heun = check.choice("solver", solver, SOLVERS) == "heun"
+        batch = Batch(model, x, options)
+        index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
+        c = self._coefficients(n_steps, batch.device, batch.coef_dtype, index)
+        wide, seen_dtype = batch.x.dtype, batch.model_dtype
+        target = model if target is None else target
+        both = (wide, seen_dtype)
+
+        noising = Row((Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])))
+        x_upper, seen = apply_row(noising, x=batch.x, noise=batch.z, dtypes=both)
+        with torch.no_grad():
+            first = self._frozen(batch, teacher, seen, c["noise_upper"], "teacher")
+            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c["in_euler_x"], m=c["in_euler_m"])))
+            x_hat, seen_lower = apply_row(euler, x=x_upper, m=first, dtypes=both)
+            if heun:
+                second = self._frozen(batch, teacher, seen_lower, c["noise_lower"], "teacher")
+                corrector = Row((
+                    Out(h=(0.5,), x=c["heun_x"], m=c["heun_m"]),
+                    Out(h=(c["in_heun_h"],), x=c["in_heun_x"], m=c["in_heun_m"]),
+                ))  # fmt: skip
+                x_hat, seen_lower = apply_row(corrector, x=x_hat, m=second, h=(x_upper,), dtypes=both)
+            goal = self._frozen(batch, target, seen_lower, c["noise_lower"], "target")
+        m = batch.call(seen, c["noise_upper"])
+        return batch.loss(
+            m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
+            h_coefs=(c["skip_lower"], c["out_lower"]),
+        )  # fmt: skip
+
+    def sample(
+        self,
+        model: Any,
+        shape: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        times: Any = None,
+        clip: Any = None,
+        **options: Unpack[loop.Options],
+    ) -> Any:
+        """One-step and multistep generation with a consistency model, from N(0, T^2 I).
+
+        Args:
+            model: the student's F.
+            shape: [B, ...] of the result.
+            steps: network calls, >= 1; default 1. The times are (13.30)'s upper ones of steps + 1.
+            times: instead of steps: strictly decreasing times in (epsilon, T], at least one.
+            clip: None, (lo, hi), or c for (-c, c): the clamp of f.
+            options: samplers.Options. The initial state is times[0] times noise; a given tensor is the state itself.
+
+        Returns:
+            Samples [B, ...], float32; with return_trajectory (samples, trajectory).
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+        """
+        if times is None:
+            grid = self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
+        else:
+            grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
+        stages = Multistep(self.sigma_min).stages(self.function, grid)
+        return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **options)
+
+    def sample_ode(
+        self,
+        teacher: Any,
+        shape: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        sampler: str | Sampler = "heun",
+        times: Any = None,
+        to_zero: bool = False,
+        **options: Unpack[loop.Options],
+    ) -> Any:
+        """Solve the teacher's probability-flow ODE (13.27) from N(0, T^2 I) down to epsilon.
+
+        Args:
+            teacher: the teacher's F.
+            shape: [B, ...] of the result.
+            steps: of the sampler, >= 1; default 18. The times are (13.30)'s.
+            sampler: "heun" (two network calls a step), "euler", or a Sampler.
+            times: instead of steps: strictly decreasing times in [0, T].
+            to_zero: end with a step to 0 instead of at epsilon; it is Euler's, since the slope at 0 is not defined.
+            options: samplers.Options. The initial state is times[0] times noise; a given tensor is the state itself.
+
+        Returns:
+            Samples [B, ...], float32; with return_trajectory (samples, trajectory).
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the teacher's output has another shape than x.
+        """
+        if times is not None:
+            if to_zero:
+                raise ValueError("to_zero: expected False beside times, which end where they end")
+            grid = self._given(steps, times)
+        else:
+            steps = check.integer("steps", 18 if steps is None else steps, 1)
+            if not to_zero:
+                grid = self.times(steps + 1)[::-1]
+            else:
+                upper = self.times(steps)[::-1] if steps > 1 else np.array([self.sigma_max])
+                grid = np.append(upper, 0.0)
+        stages = sampler_named(sampler).stages(self.teacher, grid)
+        return loop.run(teacher, stages, shape, scale=float(grid[0]), **options)
+
+    def _given(self, steps: int | None, times: Any) -> np.ndarray:
+        if steps is not None:
+            raise ValueError(f"steps: expected None beside times, got {steps}")
+        grid = grids.given(times, low=0.0, high=self.sigma_max)
+        if grid[0] < grid[-1]:
+            raise ValueError(f"times: expected decreasing times, got {grid}")
+        return grid
+
+    def _apply(self, c: Preconditioned, model: Any, x: Tensor, sigma: Any, cond: Any) -> Tensor:
+        check.terms([("x", x)])
+        sigma = check.coefficient("sigma", sigma, x, self.sigma_min, self.sigma_max)
+        dtype = network.dtype_of(model, x.dtype)
+        (seen,) = apply_row(Row((Out(x=c.c_in(sigma)),)), x=x, dtypes=(dtype,))
+        told = c.c_noise(sigma)
+        if isinstance(told, float):
+            told = torch.full((1,), told, device=x.device)
+        given = network.conditions("cond", cond, x.shape[0])
+        found = network.call(model, seen, told.expand(x.shape[0]).contiguous(), given)
+        return ops.consistency_skip(x, network.at_most(found, x.dtype), c.c_skip(sigma), c.c_out(sigma))
+
+    @staticmethod
+    def _frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
+        """A network beside the student, in its own dtype."""
+        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
+
+    def _coefficients(self, n: int, device: torch.device, dtype: torch.dtype, index: Tensor) -> dict[str, Tensor]:
+        """The rows' coefficients at (t_n, t_{n+1}) by index, each [B], from a table kept on the device."""
+        key = (n, device, dtype)
+        if key not in self._tables:
+            columns = self._columns(self.times(n))
+            self._tables[key] = (tuple(columns), torch.tensor(np.stack(list(columns.values())), dtype=dtype).to(device))
+        names, table = self._tables[key]
+        return dict(zip(names, table.index_select(1, index).unbind(0), strict=True))
+
+    def _columns(self, times: np.ndarray) -> dict[str, np.ndarray]:
+        """In float64, [N-1] each; t and s the lower and upper times, in_* scaled by c_in of the next network call."""
+        t, s = times[:-1], times[1:]
+        f, d = self.function, self.teacher
+        dt, skip, c_in_s, c_in_t = t - s, d.c_skip, d.c_in(s), d.c_in(t)
+        euler_x, euler_m = 1.0 + dt * (1.0 - skip(s)) / s, -dt * d.c_out(s) / s
+        heun_x, heun_m = 0.5 + dt / 2.0 * (1.0 - skip(t)) / t, -dt / 2.0 * d.c_out(t) / t
+        return {
+            "lower": t, "upper": s, "noise_lower": np.log(t) / 4.0, "noise_upper": np.log(s) / 4.0,
+            "in_upper": c_in_s, "in_upper_z": c_in_s * s,
+            "euler_x": euler_x, "euler_m": euler_m, "in_euler_x": c_in_t * euler_x, "in_euler_m": c_in_t * euler_m,
+            "heun_x": heun_x, "heun_m": heun_m,
+            "in_heun_h": c_in_t * 0.5, "in_heun_x": c_in_t * heun_x, "in_heun_m": c_in_t * heun_m,
+            "minus_skip_upper": -f.c_skip(s), "out_upper": f.c_out(s),
+            "skip_lower": f.c_skip(t), "out_lower": f.c_out(t),
+        }  # fmt: skip

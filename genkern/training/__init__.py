@@ -1,0 +1,5 @@
+"""What training needs beside the losses."""
+
+from .ema import EMA
+
+__all__ = ["EMA"]

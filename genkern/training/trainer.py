@@ -1,0 +1,92 @@
+"""A training loop that a reader can see through: AdamW on minibatches, a warm-up and a cosine, one hook.
+
+    lr(k) = lr min(1, (k + 1) / warmup) (1 + cos(pi k / steps)) / 2,      k = 0 .. steps - 1
+
+It knows nothing of methods: the loss is a function of a batch and of the step's number, which the methods here take as
+the stream of their noise, so that a run is a function of its seed.
+
+Loshchilov, Hutter, "Decoupled weight decay regularization", arXiv:1711.05101; "SGDR", arXiv:1608.03983.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import check
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The rate of step k = 0 .. steps - 1: linear up to `peak` over `warmup` steps, and a cosine down towards 0."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return peak * rise * (1.0 + math.cos(math.pi * step / steps)) / 2.0
+
+
+def fit(
+    params: Iterable[torch.nn.Parameter],
+    loss_fn: Callable[[Any, int], torch.Tensor],
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    lr: float = 2e-3,
+    warmup: int = 100,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.99),
+    after_step: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Minimises loss_fn(batch, step) over the parameters, in place.
+
+    Args:
+        params: the parameters; each has to require a gradient.
+        loss_fn: (batch, step) -> scalar loss with gradient.
+        batches: at least `steps` batches, of whatever loss_fn takes.
+        steps: optimiser steps, 1 or more.
+        lr: the peak of the learning rate.
+        warmup: steps of linear warm-up, 0 for none.
+        weight_decay: AdamW's, decoupled from the gradient.
+        betas: AdamW's averages of the gradient and of its square.
+        after_step: called with the step's number after each update, for an EMA or a target network.
+        progress: called with the number of steps done, after each.
+
+    Returns:
+        The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
+
+    Raises:
+        ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps.
+        FloatingPointError: the loss became NaN or infinite; the message says at which step.
+    """
+    params = list(params)
+    steps, warmup = check.integer("steps", steps, 1), check.integer("warmup", warmup, 0)
+    lr, weight_decay = check.number("lr", lr, 0.0), check.number("weight_decay", weight_decay, 0.0)
+    if not params:
+        raise ValueError("params: expected at least one parameter, got none")
+    # One fused kernel a step instead of a few launches a tensor, where torch has it.
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+    optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    losses: list[torch.Tensor] = []
+    source = iter(batches)
+    for step in range(steps):
+        try:
+            batch = next(source)
+        except StopIteration:
+            raise ValueError(f"batches: expected at least {steps} (one a step), got {step}") from None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        loss = loss_fn(batch, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if after_step is not None:
+            after_step(step)
+        if progress is not None:
+            progress(step + 1)
+    found: list[float] = torch.stack(losses).double().tolist()
+    for step, value in enumerate(found):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss: expected finite numbers, got {value} at step {step} of {steps}")
+    return found
