@@ -3,6 +3,8 @@
 // GENKERN_ISA.
 #pragma once
 
+#include <type_traits>
+
 #include "half.h"
 #include "isa.h"
 #include "noise_block.h"
@@ -26,6 +28,10 @@ struct Span {
 template <typename Body>
 void for_each_run(const Span& span, int k, Body body) {
   const Walk& walk = *span.walk;
+  if (walk.linear) {  // without the divisions, which would cost as much as the arithmetic of a block
+    body(span.b * walk.batch_stride[k] + span.begin, int64_t{1}, int64_t{0}, static_cast<int64_t>(span.count));
+    return;
+  }
   const int last = walk.ndim - 1;
   int64_t at = 0;
   while (at < span.count) {
@@ -43,32 +49,62 @@ void for_each_run(const Span& span, int k, Body body) {
   }
 }
 
-template <typename To, typename From, typename Convert>
-void gather(const Span& span, int k, const void* data, To* to, Convert convert) {
+// Elements of memory to a buffer, and back.
+struct Plain {
+  template <typename V>
+  V operator()(V v) const {
+    return v;
+  }
+};
+struct FromBf16 {
+  float operator()(uint16_t v) const { return bf16_to_float(v); }
+};
+struct FromHalf {
+  float operator()(uint16_t v) const { return half_to_float(v); }
+};
+struct FromBool {
+  int operator()(uint8_t v) const { return v != 0 ? 1 : 0; }
+};
+struct ToBf16 {
+  uint16_t operator()(float v) const { return float_to_bf16(v); }
+};
+struct ToHalf {
+  uint16_t operator()(float v) const { return float_to_half(v); }
+};
+
+template <typename From, typename Convert, typename To>
+void gather(const Span& span, int k, const void* data, To* to) {
+  const Convert convert;
   const From* from = static_cast<const From*>(data);
   for_each_run(span, k, [&](int64_t offset, int64_t stride, int64_t at, int64_t count) {
     const From* p = from + offset;
     To* q = to + at;
-    if (stride == 1) {
+    if (stride != 1) {
+      for (int64_t i = 0; i < count; ++i) q[i] = static_cast<To>(convert(p[i * stride]));
+    } else if constexpr (std::is_same_v<Convert, FromHalf> && std::is_same_v<To, float>) {
+      halves_to_floats(p, q, count);
+    } else {
 #pragma GCC ivdep
       for (int64_t i = 0; i < count; ++i) q[i] = static_cast<To>(convert(p[i]));
-    } else {
-      for (int64_t i = 0; i < count; ++i) q[i] = static_cast<To>(convert(p[i * stride]));
     }
   });
 }
 
-template <typename From, typename To, typename Convert>
-void scatter(const Span& span, int k, const From* from, void* data, Convert convert) {
+template <typename To, typename Convert, typename From>
+void scatter(const Span& span, int k, const From* from, void* data) {
+  const Convert convert;
+  using Narrow = std::conditional_t<sizeof(To) == 2, float, To>;  // halves are converted from float
   To* to = static_cast<To*>(data);
   for_each_run(span, k, [&](int64_t offset, int64_t stride, int64_t at, int64_t count) {
     To* q = to + offset;
     const From* p = from + at;
-    if (stride == 1) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) q[i] = convert(p[i]);
+    if (stride != 1) {
+      for (int64_t i = 0; i < count; ++i) q[i * stride] = convert(static_cast<Narrow>(p[i]));
+    } else if constexpr (std::is_same_v<Convert, ToHalf> && std::is_same_v<From, float>) {
+      floats_to_halves(p, q, count);
     } else {
-      for (int64_t i = 0; i < count; ++i) q[i * stride] = convert(p[i]);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) q[i] = convert(static_cast<Narrow>(p[i]));
     }
   });
 }
@@ -87,15 +123,11 @@ const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
   if (span.walk->linear && array.dtype == dtype_of<Acc>())
     return static_cast<const Acc*>(array.data) + linear_offset(span, k);
   switch (array.dtype) {
-    case DType::f32: gather<Acc, float>(span, k, array.data, buffer, [](float v) { return v; }); break;
-    case DType::f64: gather<Acc, double>(span, k, array.data, buffer, [](double v) { return v; }); break;
-    case DType::f16:
-      gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return half_to_float(v); });
-      break;
-    case DType::bf16:
-      gather<Acc, uint16_t>(span, k, array.data, buffer, [](uint16_t v) { return bf16_to_float(v); });
-      break;
-    case DType::u8: gather<Acc, uint8_t>(span, k, array.data, buffer, [](uint8_t v) { return v != 0 ? 1 : 0; }); break;
+    case DType::f32: gather<float, Plain>(span, k, array.data, buffer); break;
+    case DType::f64: gather<double, Plain>(span, k, array.data, buffer); break;
+    case DType::f16: gather<uint16_t, FromHalf>(span, k, array.data, buffer); break;
+    case DType::bf16: gather<uint16_t, FromBf16>(span, k, array.data, buffer); break;
+    case DType::u8: gather<uint8_t, FromBool>(span, k, array.data, buffer); break;
   }
   return buffer;
 }
@@ -103,18 +135,10 @@ const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
 template <typename Acc>
 void store(const Span& span, int k, const Array& array, const Acc* values) {
   switch (array.dtype) {
-    case DType::f32:
-      scatter<Acc, float>(span, k, values, array.data, [](Acc v) { return static_cast<float>(v); });
-      break;
-    case DType::f64:
-      scatter<Acc, double>(span, k, values, array.data, [](Acc v) { return static_cast<double>(v); });
-      break;
-    case DType::f16:
-      scatter<Acc, uint16_t>(span, k, values, array.data, [](Acc v) { return float_to_half(static_cast<float>(v)); });
-      break;
-    case DType::bf16:
-      scatter<Acc, uint16_t>(span, k, values, array.data, [](Acc v) { return float_to_bf16(static_cast<float>(v)); });
-      break;
+    case DType::f32: scatter<float, Plain>(span, k, values, array.data); break;
+    case DType::f64: scatter<double, Plain>(span, k, values, array.data); break;
+    case DType::f16: scatter<uint16_t, ToHalf>(span, k, values, array.data); break;
+    case DType::bf16: scatter<uint16_t, ToBf16>(span, k, values, array.data); break;
     case DType::u8: break;  // never an output
   }
 }

@@ -8,6 +8,8 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#elif defined(__F16C__)
+#include <immintrin.h>
 #endif
 
 namespace genkern {
@@ -58,6 +60,28 @@ GENKERN_HD uint16_t float_to_half(float f) {
   return static_cast<uint16_t>(h | sign);
 #endif
 }
+
+#if !defined(__CUDACC__)
+// Runs of them: with F16C by its instructions (four times fewer than the integer form takes), else one by one.
+inline void halves_to_floats(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = half_to_float(from[i]);
+}
+
+inline void floats_to_halves(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  for (; i < n; ++i) to[i] = float_to_half(from[i]);
+}
+#endif
 
 }  // namespace
 }  // namespace genkern
