@@ -5,10 +5,11 @@
     w0..w3  = Philox-4x32-10(counter, key), of which element i of a sample takes number i mod 4
 
     uniform   u = (w + 1/2) 2^-32, below 1
-    normals   z0 = r cos(2 pi w1 2^-32), z1 = r sin(2 pi w1 2^-32), r = sqrt(-2 log((w0 + 1/2) 2^-32));  z2, z3 from w2, w3
+    normals   z0 = r cos(2 pi w1 2^-32), z1 = r sin(2 pi w1 2^-32), r = sqrt(-2 log((w0 + 1/2) 2^-32));
+              z2, z3 from w2, w3
 
-It is the oracle of the kernels' normals, which agree with it within 1e-6 max(1, |z|), and what runs on devices without a
-kernel. Words are held in int64, 32 bits each; a device without float64 computes in float32.
+It is the oracle of the kernels' normals, which agree with it within 1e-6 max(1, |z|), and what runs on devices without
+a kernel. Words are held in int64, 32 bits each; a device without float64 computes in float32.
 
 Salmon et al. 2011; Steele, Lea, Flood 2014 (mix64); Box, Muller 1958.
 """
@@ -148,5 +149,5 @@ def _normals(words: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def _uniforms(words: Sequence[Tensor], index: Tensor) -> Tensor:
-    u = ((_float(_pick(words, index)) + 0.5) * 2.0**-32).to(torch.float32)
-    return u.clamp(max=_BELOW_ONE)
+    # (2 w + 1) 2^-33 from an integer of 33 bits: rounded once, with or without float64.
+    return ((2 * _pick(words, index) + 1).to(torch.float32) * 2.0**-33).clamp(max=_BELOW_ONE)

@@ -1,0 +1,160 @@
+"""Derives the polynomials of csrc/kernels/philox.h and prints them as they stand there, with their error bounds.
+
+    -2 log(1 + f)    = -2 f + f^2 R(f)      sqrt(1/2) - 1 <= f <= sqrt(2) - 1, absolute error
+    sin(pi/4 v)      = v S(v^2)             -1 <= v <= 1, relative error
+    cos(pi/4 v)      = 1 + v^2 C(v^2)       -1 <= v <= 1, relative error
+
+Each is the polynomial whose largest weighted error is least (Remez's exchange), in exact enough arithmetic (mpmath).
+A coefficient is stored in float32. Where t >= 0 the lowest is rounded, the others are fitted again with it fixed, and
+so on; around t = 0 the powers left over are no Chebyshev system, and all are rounded at once. The bounds printed are
+those of the rounded polynomials, evaluated exactly: what float32 arithmetic adds is measured by
+tests/test_noise_native.py.
+
+    python tools/minimax.py
+
+Remez 1934; Brisebarre, Chevillard 2007, "Efficient polynomial L-infinity approximations" (why coefficients are
+rounded one at a time).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable, Sequence
+
+from mpmath import mp, mpf
+
+mp.prec = 120
+GRID = 800
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Fit sum_k c_k t^k to target(t) on [lo, hi], with the error weight(t) (sum - target)."""
+
+    name: str
+    lo: mpf
+    hi: mpf
+    terms: int
+    target: Callable[[mpf], mpf]
+    weight: Callable[[mpf], mpf]
+
+
+def _log_target(f: mpf) -> mpf:
+    return (-2 * mp.log1p(f) + 2 * f) / f**2 if abs(f) > mpf(2) ** -30 else 1 - 2 * f / 3
+
+
+def _sin_target(t: mpf) -> mpf:
+    v = mp.sqrt(t)
+    return mp.sin(mp.pi / 4 * v) / v if v else mp.pi / 4
+
+
+def _cos_target(t: mpf) -> mpf:
+    a2 = (mp.pi / 4) ** 2
+    return (mp.cos(mp.pi / 4 * mp.sqrt(t)) - 1) / t if t > mpf(2) ** -40 else -a2 / 2
+
+
+PROBLEMS = (
+    Problem("kLog", mp.sqrt(mpf(1) / 2) - 1, mp.sqrt(2) - 1, 7, _log_target, lambda f: f * f),
+    Problem("kSin", mpf(0), mpf(1), 4, _sin_target, lambda t: 1 / _sin_target(t)),
+    Problem("kCos", mpf(0), mpf(1), 3, _cos_target, lambda t: t / mp.cos(mp.pi / 4 * mp.sqrt(t))),
+)
+
+
+def float32(value: mpf) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("f", struct.pack("f", float(value)))[0])
+
+
+def _poly(coefficients: Sequence[mpf], t: mpf) -> mpf:
+    value = mpf(0)
+    for c in reversed(coefficients):
+        value = value * t + c
+    return value
+
+
+def _points(problem: Problem) -> list[mpf]:
+    """A grid that is dense at the ends of the interval."""
+    half, middle = (problem.hi - problem.lo) / 2, (problem.hi + problem.lo) / 2
+    return [middle - half * mp.cos(mp.pi * k / GRID) for k in range(GRID + 1)]
+
+
+def fit(problem: Problem, fixed: Sequence[float]) -> tuple[list[mpf], mpf]:
+    """The minimax polynomial whose lowest coefficients are `fixed`, and its largest weighted error."""
+    points = _points(problem)
+    weights = [problem.weight(t) for t in points]
+    targets = [problem.target(t) - _poly([mpf(c) for c in fixed], t) for t in points]
+    first, free = len(fixed), problem.terms - len(fixed)
+    nodes = [round((1 - mp.cos(mp.pi * (k + mpf(1) / 2) / (free + 1))) / 2 * GRID) for k in range(free + 1)]
+    coefficients: list[mpf] = []
+    for _ in range(30):
+        rows, right = mp.matrix(free + 1, free + 1), mp.matrix(free + 1, 1)
+        for i, node in enumerate(nodes):
+            for k in range(free):
+                rows[i, k] = weights[node] * points[node] ** (first + k)
+            rows[i, free] = (-1) ** i
+            right[i] = weights[node] * targets[node]
+        solution = mp.lu_solve(rows, right)
+        coefficients = [*(mpf(c) for c in fixed), *(solution[k] for k in range(free))]
+        errors = [
+            w * (_poly(coefficients[first:], t) * t**first - y)
+            for w, t, y in zip(weights, points, targets, strict=True)
+        ]
+        largest = max(abs(e) for e in errors)
+        if largest <= abs(solution[free]) * (1 + mpf(2) ** -20):
+            break
+        nodes = _exchange(errors, free + 1)
+    return coefficients, largest
+
+
+def _exchange(errors: Sequence[mpf], count: int) -> list[int]:
+    """`count` neighbouring extrema of alternating sign that include the largest."""
+    extrema: list[int] = []
+    for k, error in enumerate(errors):
+        if extrema and (errors[extrema[-1]] > 0) == (error > 0):
+            if abs(error) > abs(errors[extrema[-1]]):
+                extrema[-1] = k
+        else:
+            extrema.append(k)
+    while len(extrema) > count:
+        extrema.pop(0 if abs(errors[extrema[0]]) < abs(errors[extrema[-1]]) else -1)
+    if len(extrema) < count:
+        raise ArithmeticError(f"expected {count} alternating extrema, found {len(extrema)}")
+    return extrema
+
+
+def solve(problem: Problem) -> tuple[list[float], float, float]:
+    """float32 coefficients, lowest first; their weighted error; the error before rounding."""
+    rounded: list[float] = []
+    coefficients, ideal = fit(problem, rounded)
+    while len(rounded) < problem.terms:
+        rounded.append(float32(coefficients[len(rounded)]))
+        if problem.lo >= 0 and len(rounded) < problem.terms:
+            coefficients, _ = fit(problem, rounded)
+    values = [mpf(c) for c in rounded]
+    error = max(abs(problem.weight(t) * (_poly(values, t) - problem.target(t))) for t in _points(problem))
+    return rounded, float(error), float(ideal)
+
+
+def c_literal(value: float) -> str:
+    """A hexadecimal float32 literal of C++17."""
+    mantissa, exponent = value.hex().split("p")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}p{exponent}f"
+
+
+def lines() -> list[str]:
+    """The definitions, as they stand in philox.h."""
+    text = []
+    for problem in PROBLEMS:
+        coefficients, error, ideal = solve(problem)
+        text.append(f"// largest weighted error {error:.1e} ({ideal:.1e} before the coefficients were rounded)")
+        names = [f"{problem.name}{k} = {c_literal(c)}" for k, c in enumerate(coefficients)]
+        text += [f"constexpr float {name};" for name in names]
+    text.append(f"constexpr float kMinus2Ln2 = {c_literal(float32(-2 * mp.log(2) * mpf(2) ** -23))};")
+    return text
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
