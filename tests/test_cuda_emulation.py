@@ -1,7 +1,7 @@
 """The CUDA kernels' sources, run on a CPU: their indexing, rows and reductions are tested where there is no GPU.
 
-tests/native/emulation/check.cpp sends random passes (shapes, strides, types, terms, the ways a row arrives) through the CPU
-kernels of every instruction set and through the emulated CUDA kernels, and compares every byte that they wrote.
+tests/native/emulation/check.cpp sends random passes (shapes, strides, types, terms, the ways a row arrives) through the
+CPU kernels of every instruction set and through the emulated CUDA kernels, and compares every byte that they wrote.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What training needs beside the losses."""
 
 from .ema import EMA
+from .trainer import fit
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "fit"]

@@ -1,4 +1,4 @@
-"""Writes a .cu file as C++ for the emulation: kernel<<<grid, block, 0, stream>>>(args) becomes emulation::launch(...)."""
+"""Writes a .cu file as C++: kernel<<<grid, block, 0, stream>>>(arguments) becomes emulation::launch(...)."""
 
 from __future__ import annotations
 
