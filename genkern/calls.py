@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _library, rows
 from .reference import formula as reference
-from .spec import M, Spec, X, Z, invoke
+from .spec import DEVICE_KEY, FIRST_VALUE, SAMPLE_IDS, M, Spec, X, Z, invoke, numbers
 
 CODES = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
 
@@ -21,12 +21,20 @@ _OPS = _library.torch_ops()
 _MAP: Any = None if _OPS is None else _OPS.map.default
 _MAP_OUT: Any = None if _OPS is None else _OPS.map_out.default
 _REDUCE: Any = None if _OPS is None else _OPS.reduce.default
+# The same with their numbers as text, which is quicker to call, and dark to torch.compile.
+_MAP_NUMBERS: Any = None if _OPS is None else _OPS.map_numbers.default
+_REDUCE_NUMBERS: Any = None if _OPS is None else _OPS.reduce_numbers.default
 _DEVICES = _library.torch_devices()
 
 
 def has_kernel(device: torch.device) -> bool:
     """Whether the compiled library serves this device."""
     return device.type in _DEVICES
+
+
+def direct(device: torch.device) -> bool:
+    """Whether a call may go to run_numbers: a kernel is there, and nothing traces or transforms the call."""
+    return has_kernel(device) and not torch.compiler.is_compiling() and not transformed()
 
 
 def transformed() -> bool:
@@ -36,28 +44,54 @@ def transformed() -> bool:
 
 def run_map(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """map, without derivatives."""
-    if has_kernel(_device(spec, tensors)):
+    like = _like(tensors)
+    device = spec.device if like is None else like.device
+    assert device is not None
+    if not has_kernel(device):
+        outs = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, device)
+        return tuple(outs) if like is None else tuple(_laid_out(out, like) for out in outs)
+    if torch.compiler.is_compiling():
         return tuple(invoke(_MAP, spec, tensors, spec.dtypes, spec.size, spec.device))
-    outs = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device)
-    like = next((tensors[slot] for slot in (X, M, Z) if tensors[slot] is not None), None)
-    return tuple(outs) if like is None else tuple(_laid_out(out, like) for out in outs)
+    if like is None:
+        assert spec.size is not None
+        found = [torch.empty(spec.size, dtype=reference.DTYPES[code], device=device) for code in spec.dtypes]
+    else:
+        found = [torch.empty_like(like, dtype=reference.DTYPES[code]) for code in spec.dtypes]
+    run_numbers(numbers(spec), found, tensors)
+    return tuple(found)
 
 
 def run_map_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> None:
     """map into given outputs, without derivatives."""
-    if has_kernel(out[0].device):
+    if not has_kernel(out[0].device):
+        results = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device)
+        for target, result in zip(out, results, strict=True):
+            target.copy_(result)
+    elif torch.compiler.is_compiling():
         invoke(_MAP_OUT, spec, tensors, list(out))
-        return
-    for target, result in zip(
-        out, invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device), strict=True
-    ):
-        target.copy_(result)
+    else:
+        run_numbers(numbers(spec), out, tensors)
+
+
+def run_numbers(text: str, out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+    """The kernel of map into given outputs, of a spec's numbers as text: of all forms the one that costs least."""
+    values = tensors[FIRST_VALUE:] or None
+    if len(out) == 1 and values is None:
+        _MAP_NUMBERS(text, out[0], *tensors)
+    else:
+        _MAP_NUMBERS(text, out[0], *tensors[:FIRST_VALUE], values, *out[1:])
 
 
 def run_reduce(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """reduce, without derivatives."""
-    op = _REDUCE if has_kernel(_device(spec, tensors)) else reference.reduce
-    residual, sums = invoke(op, spec, tensors, mask, spec.kind)
+    like = _like(tensors)
+    assert like is not None
+    if not has_kernel(like.device):
+        residual, sums = invoke(reference.reduce, spec, tensors, mask, spec.kind)
+    elif torch.compiler.is_compiling():
+        residual, sums = invoke(_REDUCE, spec, tensors, mask, spec.kind)
+    else:
+        residual, sums = _REDUCE_NUMBERS(numbers(spec), *tensors[:FIRST_VALUE], tensors[FIRST_VALUE:] or None, mask)
     return residual, sums
 
 
@@ -73,21 +107,23 @@ def draw(
     alone = Spec(
         tuple(row), 0, (), (), 0, spec.noise, spec.key, False, (CODES[accumulator],), tuple(shape), device
     )  # fmt: skip
-    return run_map(alone, None, None, None, None, None, None, device_key, sample_ids)[0]
+    tensors: list[Tensor | None] = [None] * FIRST_VALUE
+    tensors[DEVICE_KEY], tensors[SAMPLE_IDS] = device_key, sample_ids
+    return run_map(alone, *tensors)[0]
+
+
+def _like(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensor whose shape, strides and device the outputs take."""
+    x = tensors[X]
+    if x is not None:
+        return x
+    m = tensors[M]
+    return m if m is not None else tensors[Z]
 
 
 def _wrapped(tensor: Tensor | None) -> bool:
     """Whether torch.func holds the tensor's memory back from a kernel."""
     return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _device(spec: Spec, tensors: Sequence[Tensor | None]) -> torch.device:
-    for slot in (X, M, Z):
-        tensor = tensors[slot]
-        if tensor is not None:
-            return tensor.device
-    assert spec.device is not None
-    return spec.device
 
 
 def _laid_out(out: Tensor, like: Tensor) -> Tensor:
@@ -122,6 +158,20 @@ def _fake_reduce(
     return residual, torch.empty((like.shape[0], 2), dtype=wide, device=like.device)
 
 
+def _fake_map_numbers(*arguments: Any, **named: Any) -> None:
+    return None
+
+
+def _fake_reduce_numbers(text: Any, x: Any = None, m: Any = None, z: Any = None, *others: Any, **named: Any) -> Any:
+    return _fake_reduce(x, m, None, (), z, *[None] * 14)
+
+
 if _OPS is not None:
-    for _name, _fake in (("map", _fake_map), ("map_out", _fake_map_out), ("reduce", _fake_reduce)):
+    for _name, _fake in (
+        ("map", _fake_map),
+        ("map_out", _fake_map_out),
+        ("reduce", _fake_reduce),
+        ("map_numbers", _fake_map_numbers),
+        ("reduce_numbers", _fake_reduce_numbers),
+    ):
         torch.library.register_fake(f"genkern::{_name}")(_fake)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ._debug import debug
-from .overlap import overlap, start, strides
+from .overlap import apart, dense, overlap, start, strides
 
 MAX_DIMS = 16  # of a tensor, the batch included (csrc/kernels/kernels.h)
 FLOATS = "float32, float16, bfloat16 or float64"
@@ -69,34 +69,38 @@ def is_float(dtype: Any) -> bool:
     return bool(floating) and dtype.itemsize in (2, 4, 8)
 
 
-def terms(named: Sequence[tuple[str, Any]]) -> None:
+def terms(named: Iterable[tuple[str, Any]]) -> None:
     """The arrays of a row: of one kind, shape and device; floating; none of higher precision than the first given."""
-    first_name, first, torch_kind = "", None, False
+    first: Any = None
     for name, value in named:
         if value is None:
             continue
-        tensor = is_tensor(value)
         if first is None:
+            tensor = is_tensor(value)
             if not tensor and not is_array(value):
                 raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(value).__name__}")
-            first_name, first, torch_kind = name, value, tensor
-            if not value.ndim:
+            first_name, first, kind = name, value, type(value)
+            shape, dtype = value.shape, value.dtype
+            if not shape:
                 raise ValueError(f"{name}: expected dimension 0 to be the batch, got a 0-d tensor")
-            if value.ndim > MAX_DIMS:
-                raise ValueError(f"{name}: expected at most {MAX_DIMS} dimensions, got {value.ndim}")
-        elif tensor is not torch_kind or (not tensor and not is_array(value)):
-            wanted = "a torch tensor" if torch_kind else "a NumPy array"
+            if len(shape) > MAX_DIMS:
+                raise ValueError(f"{name}: expected at most {MAX_DIMS} dimensions, got {len(shape)}")
+            if not is_float(dtype):
+                raise TypeError(f"{name}: expected {FLOATS}, got {dtype}")
+            continue
+        if type(value) is not kind and (is_tensor(value) is not tensor or not (tensor or is_array(value))):
+            wanted = "a torch tensor" if tensor else "a NumPy array"
             raise TypeError(f"{name}: expected {wanted} like {first_name}, got {type(value).__name__}")
-        elif value.shape != first.shape:
-            raise ValueError(f"{name}: expected shape {tuple(first.shape)} like {first_name}, got {tuple(value.shape)}")
-        elif tensor and value.device != first.device:
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)} like {first_name}, got {tuple(value.shape)}")
+        if tensor and value.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {value.device}")
+        if value.dtype == dtype:
+            continue
         if not is_float(value.dtype):
             raise TypeError(f"{name}: expected {FLOATS}, got {value.dtype}")
-        if value.dtype.itemsize > first.dtype.itemsize:
-            raise TypeError(
-                f"{name}: expected {first.dtype} like {first_name}, or a lower precision, got {value.dtype}"
-            )
+        if value.dtype.itemsize > dtype.itemsize:
+            raise TypeError(f"{name}: expected {dtype} like {first_name}, or a lower precision, got {value.dtype}")
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -233,13 +237,19 @@ def outputs(
                 raise ValueError(f"{name}: expected device {like.device}, got {out.device}")
         elif not out.flags.writeable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
-    if is_tensor(like) and _compiling():
+    separate(named, inputs)
+
+
+def separate(named: Sequence[tuple[str, Any]], inputs: Sequence[tuple[str, Any]]) -> None:
+    """Outputs whose elements have addresses of their own, each an input itself or apart from all inputs and outputs."""
+    if compiling() and is_tensor(named[0][1]):
         return
     for k, (name, out) in enumerate(named):
-        if any(stride == 0 and size > 1 for size, stride in zip(out.shape, strides(out), strict=True)):
+        sizes = () if dense(out) else zip(out.shape, strides(out), strict=True)
+        if any(stride == 0 and size > 1 for size, stride in sizes):
             raise ValueError(f"{name}: expected every element at its own address, got an expanded tensor")
         for position, (other, value) in enumerate([*inputs, *named[:k]]):
-            if value is None or (value is out and position < len(inputs)):
+            if value is None or (value is out and position < len(inputs)) or apart(out, value):
                 continue
             same = start(out) == start(value) and strides(out) == strides(value) and out.dtype == value.dtype
             if overlap(out, value) and not (same and position < len(inputs)):
@@ -344,7 +354,17 @@ def _coefficient_shape(name: str, value: Any, like: Any) -> None:
         )
 
 
-def _compiling() -> bool:
+def elements(shape: Sequence[int]) -> None:
+    """At most 2^34 elements a sample, where noise is drawn: its counter has 32 bits, of four elements each."""
+    n = 1
+    for size in shape[1:]:
+        n *= size
+    if n > 1 << 34:
+        raise ValueError(f"shape: expected at most 2^34 elements a sample where noise is drawn, got {n}")
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export traces this call."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 
@@ -354,7 +374,7 @@ def _visible(value: Any) -> bool:
     never those of fake tensors or of what torch.func and torch.compile trace."""
     if not is_tensor(value):
         return True
-    if _compiling() or (value.device.type != "cpu" and not debug.values):
+    if compiling() or (value.device.type != "cpu" and not debug.values):
         return False
     import torch
 

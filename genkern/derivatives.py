@@ -1,7 +1,7 @@
 """Derivatives of map and reduce, in forward and reverse mode, in plain torch operations on the same row.
 
-With the row of rows.py, G_j the gradient of out_j and k = 1 where lo < a x + b m < hi, at the bounds what the installed torch's clamp has
-(1 up to torch 2.13, 0 in 2.15):
+With the row of rows.py, G_j the gradient of out_j and k = 1 where lo < a x + b m < hi, at the bounds what the installed
+torch's clamp has (1 up to torch 2.13, 0 in 2.15):
 
     g_y = k sum_j c0j G_j,   g_m = sum_j c2j G_j + b g_y,   g_x = sum_j c1j G_j + a g_y,   g_hk = sum_j c3jk G_j,
     g_mc = w g_m,   g_mu = (1 - w) g_m,   g_z = sum_j s_j G_j;
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import calls, rows
 from .calls import CODES
 from .reference import formula as reference
-from .spec import FIRST_H, M_UNCOND, TABLE, M, Spec, X, Z
+from .spec import FIRST_H, FIRST_VALUE, M_UNCOND, TABLE, M, Spec, X, Z
 
 
 def _clamp_at_bound() -> float:
@@ -44,9 +44,9 @@ class Terms:
     """The tensors of a call in the arithmetic's type, and its cells: what both modes of derivatives are made of."""
 
     def __init__(self, spec: Spec, tensors: Sequence[Tensor | None]) -> None:
-        x, m, m_uncond, z, table, index, device_key, sample_ids = tensors[:FIRST_H]
-        self.h: list[Any] = list(tensors[FIRST_H : spec.first_value])
-        self.values: list[Any] = list(tensors[spec.first_value :])
+        x, m, z, m_uncond, *h, table, index, device_key, sample_ids = tensors[:FIRST_VALUE]
+        self.h: list[Any] = list(h[: spec.n_h])
+        self.values: list[Any] = list(tensors[FIRST_VALUE:])
         like = x if x is not None else m if m is not None else z
         assert like is not None  # noise alone has no derivative
         shape, device = like.shape, like.device
@@ -123,7 +123,7 @@ def pulled_back(
     if needed[TABLE] and of.table is not None:
         found[TABLE] = _table_gradient(of.table, of_cell)
     for k, (cell, scale) in enumerate(zip(spec.cells, spec.scales, strict=True)):
-        slot = spec.first_value + k
+        slot = FIRST_VALUE + k
         value = tensors[slot]
         if needed[slot] and value is not None:
             g_cell = of_cell(cell)
@@ -140,13 +140,13 @@ def pushed_forward(
     """The Jacobian-vector product, in the arithmetic's type: tangents of the outputs from those of `tensors`."""
     of = Terms(spec, tensors)
     cells, terms = of.cells, of.by_term
-    d_x, d_mc, d_mu, d_z, d_table = (None if t is None else of.wide(t) for t in tangents[:5])
+    d_x, d_mc, d_z, d_mu, d_table = (None if t is None else of.wide(t) for t in (*tangents[:FIRST_H], tangents[TABLE]))
     shape = (-1, *[1] * (next(iter(terms.values())).ndim - 1))
 
     def d_cell(cell: int) -> Tensor | None:
         total = None if d_table is None else d_table[:, cell].reshape(shape)
         for k, (where, scale) in enumerate(zip(spec.cells, spec.scales, strict=True)):
-            tangent = tangents[spec.first_value + k]
+            tangent = tangents[FIRST_VALUE + k]
             if where == cell and tangent is not None:
                 total = _plus(total, scale * of.wide(tangent).reshape(shape))
         return total
@@ -211,7 +211,7 @@ def transposed_terms(spec: Spec, given: Sequence[bool], needed: Sequence[bool]) 
     """(argument, term) of the gradients wanted, where maps of the G_j yield them: no prediction, no guidance, no table,
     and no gradient of a coefficient. Else None."""
     plain = not (spec.use_pred or spec.formula or given[M_UNCOND] or given[TABLE])
-    if not plain or any(needed[spec.first_value :]):
+    if not plain or any(needed[FIRST_VALUE:]):
         return None
     slots = [(X, rows.X), (M, rows.M), (Z, rows.Z), *((FIRST_H + k, rows.H0 + k) for k in range(spec.n_h))]
     return [(slot, term) for slot, term in slots if needed[slot]]
@@ -248,4 +248,6 @@ def transposed_call(
     cells, scales = tuple(cell for cell, _, _ in overrides), tuple(scale for _, _, scale in overrides)
     back = Spec(tuple(row), len(given) - 1, cells, scales, 0, 0, (), False, codes)
     first, *others = (g for _, g in given)
-    return back, [first, *[None] * (FIRST_H - 1), *others, *(value for _, value, _ in overrides)]
+    tensors_back: list[Tensor | None] = [None] * FIRST_VALUE
+    tensors_back[X], tensors_back[FIRST_H : FIRST_H + len(others)] = first, others
+    return back, [*tensors_back, *(value for _, value, _ in overrides)]

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rows
-from .calls import CODES, draw, run_map, run_map_out, run_reduce, transformed
+from .calls import CODES, direct, draw, run_map, run_map_out, run_numbers, run_reduce, transformed
 from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, pulled_back, pushed_forward, transposed_call, transposed_terms
 from .reference import formula as reference
-from .spec import DEVICE_KEY, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke
+from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke
 
-__all__ = ["CODES", "differentiable_formula", "map_rows", "map_rows_out", "ready", "reduce_rows"]
+__all__ = [
+    "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
+    "run_numbers",
+]  # fmt: skip
 
 
 def map_rows(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -48,11 +51,17 @@ def map_rows_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> 
 
 def needs_function(tensors: Sequence[Tensor | None]) -> bool:
     """Whether derivatives may be asked of a call. To look at one argument alone would lose the others' gradients."""
-    return _requires_grad(tensors) or (transformed() and any(t is not None for t in tensors))
+    if _requires_grad(tensors):
+        return True
+    return transformed() and any(t is not None for t in tensors)
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -74,7 +83,7 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _kept(spec: Spec, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What backward reads of the arguments: all, or the coefficients alone where the row is linear in them."""
     linear = not (spec.use_pred or spec.formula or tensors[M_UNCOND] is not None or tensors[TABLE] is not None)
-    values = tensors[spec.first_value :]
+    values = tensors[FIRST_VALUE:]
     if (
         torch.compiler.is_compiling()
         or transformed()
@@ -82,21 +91,39 @@ def _kept(spec: Spec, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         or any(v is not None and v.requires_grad for v in values)
     ):
         return list(tensors)
-    return [*[None] * spec.first_value, *values]
+    return [*[None] * FIRST_VALUE, *values]
 
 
 def _by_maps(
     spec: Spec, wanted: Sequence[tuple[int, int]], grads: Sequence[Tensor | None], values: Sequence[Any],
-    dtypes: Sequence[Any], factor: Tensor | None,
+    dtypes: Sequence[Any], factor: Tensor | None, into: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the tensor arguments, the wanted ones by maps of up to three outputs each."""
+    """Gradients of the tensor arguments, the wanted ones by maps of up to three outputs each.
+
+    into: one of grads, read for the last time: a gradient of its dtype is written over it.
+    """
     found: list[Tensor | None] = [None] * len(dtypes)
     for start in range(0, len(wanted), rows.MAX_OUTS):
         part = wanted[start : start + rows.MAX_OUTS]
         back, arguments = transposed_call(spec, part, grads, values, [dtypes[slot] for slot, _ in part], factor)
-        for (slot, _), result in zip(part, map_rows(back, *arguments), strict=True):
+        last = start + rows.MAX_OUTS >= len(wanted)
+        reused = next((slot for slot, _ in part if into is not None and last and dtypes[slot] == into.dtype), None)
+        if into is None or reused is None:
+            results = map_rows(back, *arguments)
+        else:
+            # A tensor of its own, so that .grad can take it over: autograd holds the residual until this returns.
+            results = tuple(
+                into.detach() if slot == reused else torch.empty_like(into, dtype=dtypes[slot]) for slot, _ in part
+            )
+            run_map_out(back, results, *arguments)
+        for (slot, _), result in zip(part, results, strict=True):
             found[slot] = result
     return found
+
+
+# Of torch's private interface, so missed where it is not there: then nothing is done in place.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 class _CompiledMap(torch.autograd.Function):
@@ -117,7 +144,7 @@ class _CompiledMap(torch.autograd.Function):
         wanted = [] if all(g is None for g in grads) else transposed_terms(spec, ctx.given, needed)
         if wanted is None:
             return (None, *pulled_back(spec, tensors, grads, needed))
-        return (None, *_by_maps(spec, wanted, grads, tensors[spec.first_value :], ctx.dtypes, None))
+        return (None, *_by_maps(spec, wanted, grads, tensors[FIRST_VALUE:], ctx.dtypes, None))
 
 
 class _Map(_CompiledMap):
@@ -157,26 +184,43 @@ class _CompiledReduce(torch.autograd.Function):
         ctx.mark_non_differentiable(residual)
         ctx.spec, ctx.given, ctx.dtypes = spec, _given(tensors), _dtypes(tensors)
         ctx.save_for_backward(residual, *_kept(spec, tensors))  # the residual has the mask in it
+        ctx.set_materialize_grads(False)  # the residual's would be zeros of its size
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, grad_sums: Tensor) -> tuple[Any, ...]:
-        spec, needed = ctx.spec, ctx.needs_input_grad[2:]
-        residual, *tensors = ctx.saved_tensors
-        factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
-        wanted = transposed_terms(spec, ctx.given, needed)
-        if wanted is None:
-            g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
-            return (None, None, *pulled_back(spec, tensors, [g], needed))
-        return (None, None, *_by_maps(spec, wanted, [residual], tensors[spec.first_value :], ctx.dtypes, factor))
+    def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
+        return _reduce_backward(ctx, grad_sums, False)
+
+
+def _reduce_backward(ctx: Any, grad_sums: Tensor | None, in_place: bool) -> tuple[Any, ...]:
+    spec, needed = ctx.spec, ctx.needs_input_grad[2:]
+    if grad_sums is None:
+        return (None,) * (2 + len(needed))
+    residual, *tensors = ctx.saved_tensors
+    factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
+    wanted = transposed_terms(spec, ctx.given, needed)
+    if wanted is None:
+        g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
+        return (None, None, *pulled_back(spec, tensors, [g], needed))
+    into = residual if in_place else None
+    return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, into))
 
 
 class _Reduce(_CompiledReduce):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _CompiledReduce.setup_context(ctx, inputs, output)
+        # A hook that packs what is saved may keep it, or give back what others hold.
+        ctx.scratch = inputs[0].scratch and not transformed() and _saving_hooks(False) is None
         if transformed():
             ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
+        in_place = ctx.scratch and not (torch.compiler.is_compiling() or transformed() or _keeps_graph())
+        # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
+        return _reduce_backward(ctx, grad_sums, in_place)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> tuple[None, Tensor]:

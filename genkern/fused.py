@@ -53,32 +53,57 @@ def apply_row(
     packed = rows.pack(row)
     given = _checked(packed, x, m, m_uncond, h, noise, size, device, names)
     outs = None if out is None else (out,) if not isinstance(out, (tuple, list)) else tuple(out)
+    n_out, like = packed.n_out, given.like
     if dtypes is None:
-        dtypes = (given.like.dtype,) * packed.n_out if given.like is not None else [o.dtype for o in outs or ()]
-    if len(dtypes) != packed.n_out:
-        raise ValueError(f"dtypes: expected {packed.n_out}, one an output, got {len(dtypes)}")
+        dtypes = (like.dtype,) * n_out if like is not None else [o.dtype for o in outs or ()]
+    if len(dtypes) != n_out:
+        raise ValueError(f"dtypes: expected {n_out}, one an output, got {len(dtypes)}")
     if outs is not None:
-        if len(outs) != packed.n_out:
-            raise ValueError(f"out: expected {packed.n_out} arrays, one an output, got {len(outs)}")
-        labels = ["out"] if packed.n_out == 1 else [f"out[{j}]" for j in range(packed.n_out)]
-        like = given.like if given.like is not None else outs[0]
-        check.outputs(list(zip(labels, outs, strict=True)), like, given.shape, dtypes, given.named)
+        if len(outs) != n_out:
+            raise ValueError(f"out: expected {n_out} arrays, one an output, got {len(outs)}")
+        labels = ["out"] if n_out == 1 else [f"out[{j}]" for j in range(n_out)]
+        named = list(zip(_padded(names), given.arrays, strict=False))
+        check.outputs(
+            list(zip(labels, outs, strict=True)), like if like is not None else outs[0], given.shape, dtypes, named
+        )
     if given.numpy:
         from . import arrays
 
-        spec, tensors = _call(packed, given, noise, uniform, tuple(arrays.code_of(dtype) for dtype in dtypes))
+        spec, tensors = _call(packed, given, noise, uniform, tuple([arrays.code_of(dtype) for dtype in dtypes]))
         return arrays.run_map(spec, outs, *tensors)
     functions = _torch_side()
-    spec, tensors = _call(packed, given, noise, uniform, tuple(functions.CODES[dtype] for dtype in dtypes))
+    codes = functions.CODES
+    spec, tensors = _call(packed, given, noise, uniform, tuple([codes[dtype] for dtype in dtypes]))
     if outs is None:
-        return functions.map_rows(spec, *tensors)
+        found: tuple[Any, ...] = functions.map_rows(spec, *tensors)
+        return found
     functions.map_rows_out(spec, outs, *tensors)
     return outs
 
 
+def prepared(row: AnyRow, noise: Noise | None, like: Any, n_h: int, dtypes: Sequence[Any]) -> tuple[Spec, list[Any]]:
+    """A call laid out before its arrays exist: its spec, and its tensors with None for x, m, m_uncond, h and a given z.
+
+    For loops that own what they pass, and so check nothing of it again (functions.run_map_out).
+
+    Args:
+        row: as in apply_row.
+        noise: a Noise to draw in the kernel; None where a z will be given, or none is needed.
+        like: a torch tensor of the shape and on the device of the state to come.
+        n_h: how many h there will be.
+        dtypes: of the outputs.
+    """
+    packed = rows.pack(row)
+    if noise is None:
+        packed = packed._replace(draws=False)
+    given = _Given(False, like, (None,) * (4 + n_h), like.shape, like.device)
+    codes = _torch_side().CODES
+    return _call(packed, given, noise, False, tuple(codes[dtype] for dtype in dtypes))
+
+
 def reduce_row(
     row: AnyRow, *, x: Any = None, m: Any = None, m_uncond: Any = None, h: Sequence[Any] = (), noise: Any = None,
-    mask: Any = None, kind: str = "l2", names: Sequence[str] = NAMES,
+    mask: Any = None, kind: str = "l2", scratch: bool = False, names: Sequence[str] = NAMES,
 ) -> tuple[Any, Any]:  # fmt: skip
     """reduce: the residual r of a row with one output, and sums over every sample.
 
@@ -86,6 +111,7 @@ def reduce_row(
         mask: bool or floating, broadcastable to x's shape; weighs rho(r). False and 0 leave an element out,
             whatever it holds.
         kind: "l2" sums mask r^2 and returns mask r; "l1" sums mask |r| and returns mask sign(r).
+        scratch: the caller drops the residual: the backward pass may turn it into a gradient in place.
         others: as in apply_row.
 
     Returns:
@@ -103,15 +129,20 @@ def reduce_row(
         from . import arrays
 
         return arrays.run_reduce(spec, mask, *tensors)
-    return _torch_side().reduce_rows(spec, mask, *tensors)
+    return _torch_side().reduce_rows(spec._replace(scratch=scratch), mask, *tensors)
 
 
 _functions: Any = None
 
 
 def _torch_side() -> Any:
-    """genkern.functions, which needs torch; kept, as an import statement costs a microsecond a call."""
+    """genkern.functions, which needs torch; kept, as an import statement costs a microsecond a call. torch.compile
+    would recompile once it is there, and is given the import statement."""
     global _functions
+    if check.compiling():
+        from . import functions
+
+        return functions
     if _functions is None:
         from . import functions
 
@@ -124,7 +155,7 @@ class _Given(NamedTuple):
 
     numpy: bool
     like: Any  # the array whose shape, dtype and strides the outputs take; None for noise alone
-    named: list[tuple[str, Any]]
+    arrays: tuple[Any, ...]  # x, m, m_uncond, z, then h
     shape: tuple[int, ...]
     device: Any
 
@@ -136,34 +167,39 @@ def _checked(
     if len(h) > rows.MAX_H:
         raise ValueError(f"h: expected at most {rows.MAX_H} tensors, got {len(h)}")
     z = None if noise is None or isinstance(noise, Noise) else noise
-    named = list(zip((*names, *NAMES[len(names) :]), (x, m, m_uncond, z, *h), strict=False))
-    check.terms(named)
+    arrays = (x, m, m_uncond, z, *h)
+    check.terms(zip(_padded(names), arrays, strict=False))
     like = x if x is not None else m if m is not None else z
-    if like is None and (any(t is not None for t in (m_uncond, *h)) or size is None):
+    if like is None and (m_uncond is not None or any(t is not None for t in h) or size is None):
         raise ValueError(f"{names[0]}: expected {names[0]}, {names[1]} or a noise tensor, got None")
     if m_uncond is not None and m is None:
         raise ValueError(f"{names[1]}: expected the conditional output beside {names[2]}, got None")
     if like is None:
-        given = _Given(device == "numpy", None, named, check.shape(size), None if device == "numpy" else device)
+        given = _Given(device == "numpy", None, arrays, check.shape(size), None if device == "numpy" else device)
     else:
         numpy = check.is_array(like)
-        given = _Given(numpy, like, named, like.shape, None if numpy else like.device)
+        given = _Given(numpy, like, arrays, like.shape, None if numpy else like.device)
     if packed.table is not None:
         check.table(packed.table, packed.index, rows.n_cells(packed.n_out), like, given.shape[0])
     return given
+
+
+def _padded(names: Sequence[str]) -> Sequence[str]:
+    return names if len(names) == len(NAMES) else (*names, *NAMES[len(names) :])
 
 
 def _call(
     packed: rows.Packed, given: _Given, noise: Any, uniform: bool, dtypes: tuple[int, ...], kind: int = 0
 ) -> tuple[Spec, list[Any]]:
     """Settles where the noise comes from, and lays the coefficients out. No check fails after a seed is drawn."""
-    x, m, m_uncond, z, *h = (array for _, array in given.named)
+    x, m, m_uncond, z, *h = given.arrays
     draws = isinstance(noise, Noise) if packed.draws is None else packed.draws
     draw, device_key, sample_ids = 0, None, None
     key: tuple[int, ...] = ()
     if packed.draws is False:
         z = None
     elif draws and z is None:
+        check.elements(given.shape)
         noise = _fresh(given.numpy) if noise is None else noise
         draw = 2 if uniform else 1
         key, device_key = _key(noise, given.numpy, given.device)
@@ -183,7 +219,8 @@ def _call(
         tuple(row), len(h), tuple(cells), tuple(scales), formula, draw, key, packed.use_pred, dtypes,
         given.shape if alone else None, given.device if alone else None, kind,
     )  # fmt: skip
-    return spec, [x, m, m_uncond, z, packed.table, packed.index, device_key, sample_ids, *h, *values]
+    no_h = (None, None, None)[len(h) :]
+    return spec, [x, m, z, m_uncond, *h, *no_h, packed.table, packed.index, device_key, sample_ids, *values]
 
 
 def _ready(value: Any) -> Any:

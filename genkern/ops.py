@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import check, rows
-from .fused import apply_row, reduce_row
+from .check import coefficient as _coef
+from .fused import NAMES, apply_row, reduce_row
 from .noise import Noise
 from .rows import DDIMRow, Out, Row, times
 
@@ -24,6 +25,12 @@ Coef = Any  # a number, or an array of shape [B] or of one element
 PREDICTIONS = ("epsilon", "v", "sample")
 LOSSES = ("l2", "l1", "pseudo_huber")
 REDUCTIONS = ("mean", "sum", "none")
+
+# What the ops call x, m, m_uncond, noise and h in messages.
+_STEP = ("x", "v", "uncond", *NAMES[3:])
+_HEUN = ("x", "v", "m_uncond", "noise", "v_next", *NAMES[5:])
+_SKIP = ("x", "network_output", "uncond", *NAMES[3:])
+_DDIM = ("x_t", "model_output", "uncond", *NAMES[3:])
 
 
 def randn(
@@ -140,10 +147,8 @@ def ddim_step(
         prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, check.clip_range(clip),
         _guidance(uncond, guidance_scale, x_t), return_pred,
     )  # fmt: skip
-    names = ("x_t", "model_output", "uncond", "noise")
-    found = apply_row(
-        row, x=x_t, m=_needed("model_output", model_output), m_uncond=uncond, noise=noise, out=out, names=names
-    )
+    model_output = _needed("model_output", model_output)
+    found = apply_row(row, x=x_t, m=model_output, m_uncond=uncond, noise=noise, out=out, names=_DDIM)
     return found if return_pred else found[0]
 
 
@@ -171,9 +176,8 @@ def euler_step(
 
     Source: (13.22), (13.24), (13.27), (13.31); Ascher, Petzold 1998, section 3.1.
     """
-    row = Row((Out(x=1.0, m=_coef("dt", dt, x)),), guidance=_guidance(uncond, guidance_scale, x))
-    names = ("x", "v", "uncond")
-    return apply_row(row, x=x, m=_needed("v", v), m_uncond=uncond, out=out, names=names)[0]
+    row = Row((Out(0.0, 1.0, _coef("dt", dt, x)),), guidance=_guidance(uncond, guidance_scale, x))
+    return apply_row(row, x=x, m=_needed("v", v), m_uncond=uncond, out=out, names=_STEP)[0]
 
 
 def heun_step(x: Array, v: Array, v_next: Array, dt: Coef, *, out: Array | None = None) -> Array:
@@ -196,9 +200,8 @@ def heun_step(x: Array, v: Array, v_next: Array, dt: Coef, *, out: Array | None 
     Source: the seed's 13.4.1 (numerical ODE solvers); Ascher, Petzold 1998, section 4.1.
     """
     half = times(0.5, _coef("dt", dt, x))
-    names = ("x", "v", "m_uncond", "noise", "v_next")
-    row = Row((Out(x=1.0, m=half, h=(half,)),))
-    return apply_row(row, x=x, m=_needed("v", v), h=(_needed("v_next", v_next),), out=out, names=names)[0]
+    row = Row((Out(0.0, 1.0, half, (half,)),))
+    return apply_row(row, x=x, m=_needed("v", v), h=(_needed("v_next", v_next),), out=out, names=_HEUN)[0]
 
 
 def consistency_skip(
@@ -227,9 +230,8 @@ def consistency_skip(
     """
     outs = (Out(x=_coef("c_skip", c_skip, x), m=_coef("c_out", c_out, x)),)
     row = Row(outs, guidance=_guidance(uncond, guidance_scale, x))
-    names = ("x", "network_output", "uncond")
     network_output = _needed("network_output", network_output)
-    return apply_row(row, x=x, m=network_output, m_uncond=uncond, out=out, names=names)[0]
+    return apply_row(row, x=x, m=network_output, m_uncond=uncond, out=out, names=_SKIP)[0]
 
 
 def path_loss(
@@ -296,7 +298,7 @@ def path_loss(
         (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
     )
     _, sums = reduce_row(
-        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind="l1" if kind == "l1" else "l2",
+        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind="l1" if kind == "l1" else "l2", scratch=True,
         names=(x_name, "model_output", "m_uncond", "noise", *names),
     )  # fmt: skip
     total, count = sums[:, 0], sums[:, 1]
@@ -328,10 +330,6 @@ def _needed(name: str, value: Array | None) -> Array:
     return value
 
 
-def _coef(name: str, value: Coef, like: Array, low: float = -float("inf")) -> Coef:
-    return check.coefficient(name, value, like, low)
-
-
 def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | None:
     if uncond is None:
         if scale is not None:
@@ -339,7 +337,7 @@ def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | N
         return None
     if scale is None:
         raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
-    return check.coefficient("guidance_scale", scale, like)
+    return _coef("guidance_scale", scale, like)
 
 
 def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:

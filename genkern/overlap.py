@@ -6,6 +6,19 @@ import math
 from typing import Any
 
 
+def dense(t: Any) -> bool:
+    """Whether an array is C-contiguous, its elements one after another."""
+    return bool(t.is_contiguous() if hasattr(t, "data_ptr") else t.flags.c_contiguous)
+
+
+def apart(p: Any, q: Any) -> bool:
+    """Whether two arrays are seen to share no memory at a glance: both dense, one ending before the other begins."""
+    if not (dense(p) and dense(q)):
+        return False
+    p0, q0 = start(p), start(q)
+    return bool(p0 + p.nbytes <= q0 or q0 + q.nbytes <= p0)
+
+
 def overlap(p: Any, q: Any) -> bool:
     """Whether two arrays share memory: exactly where their strides are equal, by their extent otherwise."""
     if not math.prod(p.shape) or not math.prod(q.shape):

@@ -38,7 +38,8 @@ def out_cell(out: int, term: int) -> int:
     return FIRST_OUT + OUT_CELLS * out + term
 
 
-@dataclasses.dataclass(frozen=True)
+# Not frozen: that would make them three times as dear, and every call makes some.
+@dataclasses.dataclass(slots=True)
 class Out:
     """Coefficients of one output: y + x + m + h + z, each times its number."""
 
@@ -49,7 +50,7 @@ class Out:
     z: Coef = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Row:
     """One row: the prediction (a, b), its clamp, the guidance scale w, and one to three outputs.
 
@@ -75,7 +76,7 @@ class RowTable:
     use_pred: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class DDIMRow:
     """The row of eq. (13.13), computed in the kernel from path values, each a number or a tensor [B] or [1].
 
@@ -94,8 +95,7 @@ class DDIMRow:
     return_pred: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(NamedTuple):
     """A coefficient that is a number times a tensor: the kernel multiplies, so no small launch precedes it."""
 
     value: Any
@@ -147,47 +147,37 @@ def host_table(rows: Sequence[Row | DDIMRow]) -> tuple[list[list[float]], bool]:
 
 
 def _pack_row(row: Row, use_pred: bool | None = None) -> Packed:
-    n_out = len(row.outs)
-    cells = [0.0] * (FIRST_OUT + OUT_CELLS * n_out)
-    cells[LO], cells[HI] = (-math.inf, math.inf) if row.clip is None else row.clip
-    cells[W] = 1.0
+    outs, pred, clip, guidance = row.outs, row.pred, row.clip, row.guidance
+    # Numbers are written out here: torch.compile takes those of module constants for variables.
+    a, b = (0.0, 0.0) if pred is None else pred
+    lo, hi = (-math.inf, math.inf) if clip is None else clip
+    cells: list[Any] = [a, b, lo, hi, 1.0 if guidance is None else guidance]
+    for out in outs:
+        h0, h1, h2 = (*out.h, 0.0, 0.0, 0.0)[:MAX_H]
+        cells += (out.y, out.x, out.m, h0, h1, h2, out.z)
     values: list[Any] = []
     where: list[int] = []
     scales: list[float] = []
-
-    def put(cell: int, value: Coef, scale: float = 1.0) -> None:
+    for cell, value in enumerate(cells):
         if type(value) is float:
-            cells[cell] = scale * value
-        elif type(value) is Scaled:
-            put(cell, value.value, scale * value.scale)
-        elif _by_tensor(value):
+            continue
+        scale = 1.0
+        while type(value) is Scaled:
+            value, scale = value.value, scale * value.scale
+        if _by_tensor(value):
             values.append(value)
             where.append(cell)
             scales.append(scale)
+            cells[cell] = 0.0
         else:
             cells[cell] = scale * float(value)
-
-    if row.pred is not None:
-        put(A, row.pred[0])
-        put(B, row.pred[1])
-    if row.guidance is not None:
-        put(W, row.guidance)
-    first = FIRST_OUT
-    for out in row.outs:
-        put(first + Y, out.y)
-        put(first + X, out.x)
-        put(first + M, out.m)
-        for k, coef in enumerate(out.h):
-            put(first + H0 + k, coef)
-        put(first + Z, out.z)
-        first += OUT_CELLS
-    firsts = range(FIRST_OUT, first, OUT_CELLS)
+    firsts = range(FIRST_OUT, len(cells), OUT_CELLS)
     if use_pred is None:
-        use_pred = row.pred is not None and any(cells[f + Y] != 0.0 or f + Y in where for f in firsts)
-        if use_pred and row.clip is None and _fold(cells, where, firsts):
+        use_pred = pred is not None and any(cells[f + Y] != 0.0 or f + Y in where for f in firsts)
+        if use_pred and clip is None and _fold(cells, where, firsts):
             use_pred = False
-    draws = any(cells[f + Z] != 0.0 or f + Z in where for f in firsts)
-    return Packed(cells, values, where, scales, FORMULA_NONE, use_pred, n_out, draws)
+    draws = any(cells[FIRST_OUT + Z :: OUT_CELLS]) or any(f + Z in where for f in firsts if where)
+    return Packed(cells, values, where, scales, FORMULA_NONE, use_pred, len(outs), draws)
 
 
 def _by_tensor(value: Coef) -> bool:

@@ -1,22 +1,24 @@
 """A call of map or reduce, split into what is an array and what is not.
 
-The order of the arrays is x, m, m_uncond, z, table, index, device_key, sample_ids, then h, then the values: flat,
-because torch.autograd.Function sees tensors only at the top level of its arguments.
+The order of the arrays is x, m, z, m_uncond, three h, table, index, device_key, sample_ids, then the values: flat,
+because torch.autograd.Function sees tensors only at the top level of its arguments. What is not given is None.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-X, M, M_UNCOND, Z, TABLE, INDEX, DEVICE_KEY, SAMPLE_IDS, FIRST_H = range(9)
+X, M, Z, M_UNCOND, FIRST_H, _, _, TABLE, INDEX, DEVICE_KEY, SAMPLE_IDS, FIRST_VALUE = range(12)
 
 
 class Spec(NamedTuple):
-    """What of a call is no tensor (docs/design.md, "Torch ops"). dtypes: of map's outputs; kind: of reduce's sums."""
+    """What of a call is no tensor (docs/design.md, "Torch ops"). dtypes: of map's outputs; kind: of reduce's sums;
+    scratch: whether reduce's backward may write over the residual, as no one else holds it."""
 
     row: tuple[float, ...]
     n_h: int
@@ -30,18 +32,32 @@ class Spec(NamedTuple):
     size: tuple[int, ...] | None = None
     device: torch.device | None = None
     kind: int = 0
-
-    @property
-    def first_value(self) -> int:
-        """Where the values start among the tensor arguments."""
-        return FIRST_H + self.n_h
+    scratch: bool = False
 
 
 def invoke(op: Callable[..., Any], spec: Spec, tensors: Sequence[Any], *rest: Any) -> Any:
     """op on the arguments in the order of its schema."""
-    x, m, m_uncond, z, table, index, device_key, sample_ids = tensors[:FIRST_H]
-    h, values = list(tensors[FIRST_H : FIRST_H + spec.n_h]), list(tensors[FIRST_H + spec.n_h :])
+    x, m, z, m_uncond, h0, h1, h2, table, index, device_key, sample_ids = tensors[:FIRST_VALUE]
+    h, values = [t for t in (h0, h1, h2) if t is not None], list(tensors[FIRST_VALUE:])
     return op(
         x, m, m_uncond, h, z, spec.row, table, index, values, spec.cells, spec.scales, spec.formula, spec.noise,
         spec.key, device_key, sample_ids, spec.use_pred, *rest,
     )  # fmt: skip
+
+
+def numbers(spec: Spec) -> str:
+    """A spec's numbers as one text, the form in which an op takes them soonest: in hexadecimal digits
+    (csrc/torch/library.cpp says in which order)."""
+    row, cells = spec.row, spec.cells
+    n_row, n_values = len(row), len(cells)
+    layout = _LAYOUTS.get((n_row, n_values))
+    if layout is None:
+        layout = _LAYOUTS[n_row, n_values] = struct.Struct(f"=6B2x3q{n_row}d{n_values}q{n_values}d")
+    key = spec.key or _NO_KEY
+    return layout.pack(
+        spec.formula, spec.noise, spec.use_pred, spec.kind, n_row, n_values, *key, *row, *cells, *spec.scales
+    ).hex()  # fmt: skip
+
+
+_NO_KEY = (0, 0, 0)
+_LAYOUTS: dict[tuple[int, int], struct.Struct] = {}

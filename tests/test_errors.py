@@ -320,3 +320,8 @@ def test_debug_checks_values_on_the_device(device: torch.device) -> None:
         gk.ops.euler_step(state, state, dt)
     if device.type == "cuda":
         assert gk.ops.euler_step(state, state, dt).isnan().all()
+
+
+def test_a_sample_of_more_elements_than_its_noise_has() -> None:
+    with pytest.raises(ValueError, match=r"shape: expected at most 2\^34 elements a sample .*, got 17179869185"):
+        gk.ops.randn((1, (1 << 34) + 1), noise=gk.Noise(seed=0))

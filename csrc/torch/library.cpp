@@ -6,9 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../faces/call.h"
@@ -69,12 +73,34 @@ genkern::MaybeView view(const MaybeTensor& t) { return t ? genkern::MaybeView(vi
 
 std::vector<View> view(const Tensors& ts) {
   std::vector<View> views;
+  views.reserve(ts.size());
   for (const Tensor& t : ts) views.push_back(view(t));
   return views;
 }
 
+int32_t shim_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// Allocates past the dispatcher, which takes as long as the rest of a small call.
+Tensor empty_strided(const Tensor& on, int32_t ndim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t device_type = 0;
+  AtenTensorHandle found = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, sizes, strides, shim_code(dtype), device_type, on.get_device_index(), &found));
+  return Tensor(found);
+}
+
 // Allocates like t, in another dtype: a dense tensor's strides are kept.
 Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  const View like = view(t);
+  if (like.contiguous()) return empty_strided(t, like.ndim, like.sizes, like.strides, dtype);
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(t),
                                     from(std::optional<ScalarType>(dtype)),
@@ -140,8 +166,9 @@ Tensors map(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, Maybe
                                    : torch::stable::empty(*size, dtype, std::nullopt, device));
   }
   expect(!outs.empty(), "out_dtypes: expected 1 to 3 entries, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells,
-           scales, formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(outs)},
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), std::move(row), view(table), view(index), view(values),
+           std::move(cells), std::move(scales), formula, noise, std::move(key), view(device_key), view(sample_ids),
+           use_pred, std::nullopt, view(outs)},
           outs[0]);
   return outs;
 }
@@ -150,32 +177,26 @@ void map_out(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, Mayb
              MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula,
              int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out) {
   expect(!out.empty(), "out: expected 1 to 3 outputs, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), row, view(table), view(index), view(values), cells,
-           scales, formula, noise, key, view(device_key), view(sample_ids), use_pred, std::nullopt, view(out)},
+  run_map({view(x), view(m), view(m_uncond), view(h), view(z), std::move(row), view(table), view(index), view(values),
+           std::move(cells), std::move(scales), formula, noise, std::move(key), view(device_key), view(sample_ids),
+           use_pred, std::nullopt, view(out)},
           out[0]);
 }
 
-std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z,
-                                  Floats row, MaybeTensor table, MaybeTensor index, Tensors values, Ints cells,
-                                  Floats scales, int64_t formula, int64_t noise, Ints key, MaybeTensor device_key,
-                                  MaybeTensor sample_ids, bool use_pred, MaybeTensor mask, int64_t kind) {
-  const Tensor* like = like_of(x, m, z);
+std::tuple<Tensor, Tensor> run_reduce(Call& call, int64_t kind, const MaybeTensor& m, const Tensor* like) {
   expect(like != nullptr, "x: expected x, m or z");
   expect(kind == 0 || kind == 1, "kind: expected 0 (squares) or 1 (absolute values), got ", kind);
   Tensor residual = empty_like(*like, m ? m->scalar_type() : like->scalar_type());
-  const Call call{view(x),          view(m),          view(m_uncond), view(h),    view(z),         row,   view(table),
-                  view(index),      view(values),     cells,          scales,     formula,         noise, key,
-                  view(device_key), view(sample_ids), use_pred,       view(mask), {view(residual)}};
+  call.out = {view(residual)};
   genkern::ReduceArgs args;
   args.map = genkern::make_args(call);
   args.rho = static_cast<genkern::Rho>(kind);
-  const std::vector<int64_t> size{args.map.sizes[0], 2};
-  Tensor sums =
-      torch::stable::empty(size, args.map.f64 ? ScalarType::Double : ScalarType::Float, std::nullopt, like->device());
+  const int64_t sizes[2] = {args.map.sizes[0], 2}, strides[2] = {2, 1};
+  Tensor sums = empty_strided(*like, 2, sizes, strides, args.map.f64 ? ScalarType::Double : ScalarType::Float);
   args.sums = sums.data_ptr();
   auto workspace = [&](size_t bytes) {
-    const std::vector<int64_t> doubles{static_cast<int64_t>(bytes / sizeof(double))};
-    Tensor t = torch::stable::empty(doubles, ScalarType::Double, std::nullopt, like->device());
+    const int64_t doubles = static_cast<int64_t>(bytes / sizeof(double)), step = 1;
+    Tensor t = empty_strided(*like, 1, &doubles, &step, ScalarType::Double);
     args.workspace = t.data_ptr();
     return t;
   };
@@ -196,6 +217,105 @@ std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_un
   return {residual, sums};
 }
 
+std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z,
+                                  Floats row, MaybeTensor table, MaybeTensor index, Tensors values, Ints cells,
+                                  Floats scales, int64_t formula, int64_t noise, Ints key, MaybeTensor device_key,
+                                  MaybeTensor sample_ids, bool use_pred, MaybeTensor mask, int64_t kind) {
+  Call call{view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
+            view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
+            noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          view(mask),
+            {}};
+  return run_reduce(call, kind, m, like_of(x, m, z));
+}
+
+// The forms below take a call's numbers as one text and h one by one: a list costs a microsecond on its way here, even
+// an empty one. The text is 64-bit words, 16 hexadecimal digits each, the bytes in the order of memory:
+//   a byte each of formula, noise, use_pred, kind, lengths of row and of values, 0, 0; seed; stream; draw; row; cells;
+//   scales.
+constexpr size_t kHeaderBytes = 8 + 3 * sizeof(int64_t);
+
+void read_bytes(const char* digits, size_t count, void* to) {
+  static const auto value_of = [] {
+    std::array<uint8_t, 256> values{};
+    for (int c = 0; c < 10; ++c) values['0' + c] = static_cast<uint8_t>(c);
+    for (int c = 0; c < 6; ++c) values['a' + c] = static_cast<uint8_t>(10 + c);
+    return values;
+  }();
+  auto* bytes = static_cast<uint8_t*>(to);
+  for (size_t k = 0; k < count; ++k, digits += 2) {
+    bytes[k] = static_cast<uint8_t>(value_of[static_cast<uint8_t>(digits[0])] << 4 |
+                                    value_of[static_cast<uint8_t>(digits[1])]);
+  }
+}
+
+// The numbers of a call, and its kind of reduction.
+int64_t read(const std::string& numbers, Call& call) {
+  expect(numbers.size() >= 2 * kHeaderBytes, "numbers: expected at least ", 2 * kHeaderBytes, " digits, got ",
+         numbers.size());
+  const char* next = numbers.data();
+  auto take = [&next](auto& into, size_t count) {
+    into.resize(count);
+    const size_t bytes = count * sizeof(into[0]);
+    read_bytes(next, bytes, into.data());
+    next += 2 * bytes;
+  };
+  uint8_t head[8];
+  read_bytes(next, sizeof(head), head);
+  next += 2 * sizeof(head);
+  const size_t n_row = head[4], n_values = head[5], digits = 2 * (kHeaderBytes + 8 * (n_row + 2 * n_values));
+  expect(numbers.size() == digits, "numbers: expected ", digits, " digits, got ", numbers.size());
+  call.formula = head[0];
+  call.noise = head[1];
+  call.use_pred = head[2] != 0;
+  take(call.key, 3);
+  take(call.row, n_row);
+  take(call.cells, n_values);
+  take(call.scales, n_values);
+  return head[3];
+}
+
+void set_arrays(Call& call, const MaybeTensor& x, const MaybeTensor& m, const MaybeTensor& z,
+                const MaybeTensor& m_uncond, std::initializer_list<const MaybeTensor*> h, const MaybeTensor& table,
+                const MaybeTensor& index, const MaybeTensor& device_key, const MaybeTensor& sample_ids,
+                const std::optional<Tensors>& values) {
+  call.x = view(x);
+  call.m = view(m);
+  call.z = view(z);
+  call.m_uncond = view(m_uncond);
+  for (const MaybeTensor* t : h) {
+    if (*t) call.h.push_back(view(**t));
+  }
+  if (values) call.values = view(*values);
+  call.table = view(table);
+  call.index = view(index);
+  call.device_key = view(device_key);
+  call.sample_ids = view(sample_ids);
+}
+
+void map_numbers(std::string numbers, Tensor out, MaybeTensor x, MaybeTensor m, MaybeTensor z, MaybeTensor m_uncond,
+                 MaybeTensor h0, MaybeTensor h1, MaybeTensor h2, MaybeTensor table, MaybeTensor index,
+                 MaybeTensor device_key, MaybeTensor sample_ids, std::optional<Tensors> values, MaybeTensor out1,
+                 MaybeTensor out2) {
+  Call call;
+  read(numbers, call);
+  set_arrays(call, x, m, z, m_uncond, {&h0, &h1, &h2}, table, index, device_key, sample_ids, values);
+  call.out.push_back(view(out));
+  if (out1) call.out.push_back(view(*out1));
+  if (out2) call.out.push_back(view(*out2));
+  run_map(call, out);
+}
+
+std::tuple<Tensor, Tensor> reduce_numbers(std::string numbers, MaybeTensor x, MaybeTensor m, MaybeTensor z,
+                                          MaybeTensor m_uncond, MaybeTensor h0, MaybeTensor h1, MaybeTensor h2,
+                                          MaybeTensor table, MaybeTensor index, MaybeTensor device_key,
+                                          MaybeTensor sample_ids, std::optional<Tensors> values, MaybeTensor mask) {
+  Call call;
+  const int64_t kind = read(numbers, call);
+  set_arrays(call, x, m, z, m_uncond, {&h0, &h1, &h2}, table, index, device_key, sample_ids, values);
+  call.mask = view(mask);
+  return run_reduce(call, kind, m, like_of(x, m, z));
+}
+
 // The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.
 std::string cpu_isa(std::string select) {
   expect(select.empty() || genkern::select_cpu_isa(select.c_str()), "select: this CPU has no ", select);
@@ -214,6 +334,10 @@ constexpr const char* kInputsSchema =
     "Tensor? x, Tensor? m, Tensor? m_uncond, Tensor[] h, Tensor? z, float[] row, Tensor? table, Tensor? index, "
     "Tensor[] values, int[] cells, float[] scales, int formula, int noise, int[] key, Tensor? device_key, "
     "Tensor? sample_ids, bool use_pred";
+constexpr const char* kArraysSchema =
+    "Tensor? x=None, Tensor? m=None, Tensor? z=None, Tensor? m_uncond=None, Tensor? h0=None, Tensor? h1=None, "
+    "Tensor? h2=None, Tensor? table=None, Tensor? index=None, Tensor? device_key=None, Tensor? sample_ids=None, "
+    "Tensor[]? values=None";
 
 }  // namespace
 
@@ -222,6 +346,11 @@ STABLE_TORCH_LIBRARY(genkern, library) {
   library.def(("map(" + inputs + ", int[] out_dtypes, int[]? size=None, Device? device=None) -> Tensor[]").c_str());
   library.def(("map_out(" + inputs + ", Tensor(a!)[] out) -> ()").c_str());
   library.def(("reduce(" + inputs + ", Tensor? mask, int kind) -> (Tensor, Tensor)").c_str());
+  const std::string arrays = kArraysSchema;
+  library.def(
+      ("map_numbers(str numbers, Tensor(a!) out, " + arrays + ", Tensor(b!)? out1=None, Tensor(c!)? out2=None) -> ()")
+          .c_str());
+  library.def(("reduce_numbers(str numbers, " + arrays + ", Tensor? mask=None) -> (Tensor, Tensor)").c_str());
   library.def("cpu_isa(str select=\"\") -> str");
   library.def("has_cuda() -> bool");
 }
@@ -230,6 +359,8 @@ STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
   library.impl("map", TORCH_BOX(&map));
   library.impl("map_out", TORCH_BOX(&map_out));
   library.impl("reduce", TORCH_BOX(&reduce));
+  library.impl("map_numbers", TORCH_BOX(&map_numbers));
+  library.impl("reduce_numbers", TORCH_BOX(&reduce_numbers));
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   library.impl("has_cuda", TORCH_BOX(&has_cuda));
 }

@@ -19,10 +19,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import check
-from ..fused import apply_row
+from .. import check, functions
+from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
+from ..spec import FIRST_H, M_UNCOND, M, X, Z, numbers
 from . import network
 from .table import Stage
 
@@ -226,22 +227,18 @@ def _walk(task: Run, low: int, high: int, tick: Callable[[], object]) -> tuple[T
         guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
     calls = n if task.uncond is None else 2 * n
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
-    times = times[:, None].expand(-1, calls).contiguous()
+    instants = times[:, None].expand(-1, calls).contiguous().unbind()
     buffers = _Buffers(task, n)
+    updates = [_Update(task, buffers, i, noise, guidance) for i in range(last + 1)]
 
     x, seen = _begin(task, buffers, noise, low, high)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
-    for i, stage in enumerate(task.stages):
-        m = network.at_most(network.call(task.model, seen, times[i], cond), task.dtype)
+    for stage, update, t in zip(task.stages, updates, instants, strict=True):
+        m = network.at_most(network.call(task.model, seen, t, cond), task.dtype)
         m_uncond, m = (m[:n], m[n:]) if task.uncond is not None else (None, m)
-        z = None if stage.out.z == 0.0 else _step_noise(task, noise, stage.step, low, high)
-        following = task.stages[i + 1].input_scale if i < last else None
-        outs = buffers.outputs(stage.out, following)
-        row = Row(outs, pred=stage.pred, clip=task.clip if stage.pred is not None else None, guidance=guidance)
-        h = (before,) if stage.out.h else ()
-        before = x
-        x, seen = buffers.apply(row, i, x=x, m=m, m_uncond=m_uncond, h=h, noise=z)
+        z = None if task.step_noise is None or stage.out.z == 0.0 else _given_noise(task, stage.step, low, high)
+        before, (x, seen) = x, update(x, m, m_uncond, before, z)
         if stage.time is None:
             continue
         if task.return_trajectory:
@@ -262,14 +259,54 @@ def _begin(task: Run, buffers: _Buffers, noise: Noise, low: int, high: int) -> t
     return buffers.apply(row, -1, x=task.start[low:high])
 
 
-def _step_noise(task: Run, noise: Noise, step: int, low: int, high: int) -> Noise | Tensor:
-    if task.step_noise is None:
-        return noise.at(Purpose.STEP, step)
+def _given_noise(task: Run, step: int, low: int, high: int) -> Tensor:
+    assert task.step_noise is not None
     z = task.step_noise[step] if isinstance(task.step_noise, Tensor) else task.step_noise(step)
     if not isinstance(z, Tensor) or z.shape != task.shape:
         got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"step_noise: expected shape {task.shape} of step {step}, got {got}")
     return z[low:high].to(task.device, task.dtype)
+
+
+class _Update:
+    """The pass after one network call. Into the loop's own buffers it is laid out before the loop: a step then fills in
+    its tensors and calls the kernel, and allocates and checks nothing but what the network and the caller hand over."""
+
+    def __init__(self, task: Run, buffers: _Buffers, i: int, noise: Noise, guidance: Any) -> None:
+        stage = task.stages[i]
+        following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
+        clip = task.clip if stage.pred is not None else None
+        self._row = Row(buffers.outputs(stage.out, following), pred=stage.pred, clip=clip, guidance=guidance)
+        self._buffers, self._i, self._uses_h = buffers, i, bool(stage.out.h)
+        drawn = task.step_noise is None and stage.out.z != 0.0
+        self._noise = noise.at(Purpose.STEP, stage.step) if drawn else None
+        self._text: str | None = None
+        if buffers.reused:
+            self._outs, self._result = buffers.written(i, len(self._row.outs))
+            dtypes = [out.dtype for out in self._outs]
+            self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], len(stage.out.h), dtypes)
+            if functions.direct(task.device):
+                self._text = numbers(self._spec)
+
+    def __call__(
+        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The new state and the next network input."""
+        if not self._buffers.reused:
+            h = (before,) if self._uses_h else ()
+            noise = self._noise if z is None else z
+            return self._buffers.apply(self._row, self._i, x=x, m=m, m_uncond=m_uncond, h=h, noise=noise)
+        for out in self._outs:
+            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z)))
+        tensors = self._tensors.copy()
+        tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
+        if self._uses_h:
+            tensors[FIRST_H] = before
+        if self._text is None:
+            functions.map_rows_out(self._spec, self._outs, *tensors)
+        else:
+            functions.run_numbers(self._text, self._outs, tensors)
+        return self._result
 
 
 class _Buffers:
@@ -280,9 +317,9 @@ class _Buffers:
     def __init__(self, task: Run, n: int) -> None:
         self.shape = (n, *task.shape[1:])
         self._halves = 2 if task.uncond is not None else 1
-        self._separate, self._reuse = task.separate, not task.differentiable
+        self._separate, self.reused = task.separate, not task.differentiable
         self._dtype, self._model_dtype = task.dtype, task.model_dtype
-        if self._reuse:
+        if self.reused:
             like = (
                 torch.empty(self.shape, dtype=task.dtype, device=task.device) if task.start is None else task.start[:n]
             )
@@ -290,6 +327,7 @@ class _Buffers:
             if self._separate:
                 size = (self._halves * n, *self.shape[1:])
                 self._inputs = [torch.empty(size, dtype=task.model_dtype, device=task.device) for _ in range(2)]
+                self._halved = [seen.chunk(self._halves) for seen in self._inputs]
 
     def outputs(self, out: Out, following: float | None) -> tuple[Out, ...]:
         """The state's row, and the next input's: the same, scaled; twice under guidance where it fills a buffer."""
@@ -297,22 +335,25 @@ class _Buffers:
             return (out,)
         c = following
         scaled = Out(y=c * out.y, x=c * out.x, m=c * out.m, h=tuple(c * k for k in out.h), z=c * out.z)
-        return (out, *[scaled] * (self._halves if self._reuse else 1))
+        return (out, *[scaled] * (self._halves if self.reused else 1))
 
     def apply(self, row: Row, stage: int, **terms: Any) -> tuple[Tensor, Tensor]:
         """The new state and the next network input."""
         dtypes = (self._dtype, *[self._model_dtype] * (len(row.outs) - 1))
-        if not self._reuse:
-            x, *inputs = apply_row(row, dtypes=dtypes, **terms)
-            seen = inputs[0] if inputs else x
-            return x, torch.cat([seen, seen]) if inputs and self._halves == 2 else seen
+        if self.reused:
+            outs, found = self.written(stage, len(row.outs))
+            apply_row(row, dtypes=dtypes, out=outs, **terms)
+            return found
+        x, *inputs = apply_row(row, dtypes=dtypes, **terms)
+        seen = inputs[0] if inputs else x
+        return x, torch.cat([seen, seen]) if inputs and self._halves == 2 else seen
+
+    def written(self, stage: int, n_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """The outputs of a stage's pass, and, of the same memory, the new state and the next network input."""
         x = self._states[stage % 2]
-        if len(row.outs) == 1:
-            apply_row(row, dtypes=dtypes, out=(x,), **terms)
-            return x, x
-        seen = self._inputs[stage % 2]
-        apply_row(row, dtypes=dtypes, out=(x, *seen.chunk(self._halves)), **terms)
-        return x, seen
+        if n_out == 1:
+            return (x,), (x, x)
+        return (x, *self._halved[stage % 2]), (x, self._inputs[stage % 2])
 
 
 @contextlib.contextmanager
