@@ -51,7 +51,9 @@ def bench(
         str | None, typer.Option(help="Of float32, bfloat16, float16, mixed, with commas; default the first two.")
     ] = None,
     only: Annotated[str | None, typer.Option(help="Cases whose name contains this, or matches its * and ?.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Rounds at most, default 31 on a GPU and 15 on a CPU.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Rounds of every case, default as many as a few seconds allow.")
+    ] = None,
     out: Annotated[pathlib.Path, typer.Option(help="Folder for JSON, Markdown and pictures.")] = pathlib.Path(
         "benchmarks/results"
     ),
@@ -70,15 +72,19 @@ def bench(
     from .bench import setup
 
     try:
+        what: setup.Redraw | setup.Setup
         if redraw:
-            ready = setup.to_redraw(out, readme)
+            what = setup.to_redraw(out, readme)
         else:
-            ready = setup.prepare(device, mib, dtypes, only, repeats, out, quick, readme)
+            what = setup.prepare(device, mib, dtypes, only, repeats, out, quick, readme)
     except setup.CannotRun as error:
         _fail(str(error))
     from .bench import run
 
-    run.redraw(ready) if isinstance(ready, setup.Redraw) else run.run(ready)
+    if isinstance(what, setup.Redraw):
+        run.redraw(what)
+    else:
+        run.run(what)
 
 
 @app.command()

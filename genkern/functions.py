@@ -44,9 +44,15 @@ def reduce_rows(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tup
 
 def map_rows_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> None:
     """Apply a row into given outputs; these have no derivatives, as elsewhere in PyTorch."""
-    if _requires_grad(tensors) or (not torch.compiler.is_compiling() and transformed()):
+    tracing = torch.compiler.is_compiling()
+    if _requires_grad(tensors) or (not tracing and transformed()):
         raise RuntimeError("out: expected None where an argument requires a gradient or torch.func transforms the call")
+    if _requires_grad(out):
+        raise RuntimeError("out: expected a tensor that requires no gradient, got one that does, under grad mode")
     run_map_out(spec, out, *tensors)
+    if not tracing:  # so that autograd notices where it has saved what was written over
+        for target in out:
+            torch.autograd.graph.increment_version(target)
 
 
 def needs_function(tensors: Sequence[Tensor | None]) -> bool:

@@ -107,6 +107,65 @@ inline Array array_of(const View& v, const View& like, const char* name) {
   return {v.data, floating(v, name), v.strides};
 }
 
+// The bytes between which a view's elements lie.
+struct Extent {
+  uintptr_t begin, end;
+};
+
+inline Extent extent(const View& v, int64_t size) {
+  int64_t low = 0, high = 0;
+  for (int32_t d = 0; d < v.ndim; ++d) {
+    const int64_t last = (v.sizes[d] - 1) * v.strides[d];
+    (last < 0 ? low : high) += last;
+  }
+  const auto data = reinterpret_cast<uintptr_t>(v.data);
+  return {data + static_cast<uintptr_t>(low * size), data + static_cast<uintptr_t>((high + 1) * size)};
+}
+
+inline int64_t element_size(Element element) {
+  switch (element) {
+    case Element::f16:
+    case Element::bf16: return 2;
+    case Element::f32: return 4;
+    case Element::boolean: return 1;
+    default: return 8;
+  }
+}
+
+// An output is an input itself or apart from it. Of two interleaved views only the caller knows; of two dense ones
+// whose bytes meet, the pass would read what it has written.
+inline void expect_apart(const View& out, const View& in, const char* name) {
+  if (in.data == out.data && in.element == out.element) {
+    bool same = true;
+    for (int32_t d = 0; same && d < out.ndim; ++d) same = out.sizes[d] == 1 || in.strides[d] == out.strides[d];
+    if (same) return;
+  }
+  if (!out.contiguous() || !in.contiguous()) return;
+  const Extent a = extent(out, element_size(out.element)), b = extent(in, element_size(in.element));
+  expect(a.end <= b.begin || b.end <= a.begin, "out: expected ", name, " itself, or memory apart from it");
+}
+
+inline void expect_outputs_apart(const Call& call) {
+  for (size_t j = 0; j < call.out.size(); ++j) {
+    const View& out = call.out[j];
+    if (out.numel() == 0) return;
+    for (int32_t d = 0; d < out.ndim; ++d)
+      expect(out.sizes[d] == 1 || out.strides[d] != 0, "out: expected elements with addresses of their own");
+    const auto apart = [&](const MaybeView& in, const char* name) {
+      if (in) expect_apart(out, *in, name);
+    };
+    apart(call.x, "x");
+    apart(call.m, "m");
+    apart(call.m_uncond, "m_uncond");
+    apart(call.z, "z");
+    for (const View& h : call.h) expect_apart(out, h, "h");
+    for (size_t k = 0; k < j; ++k) {
+      expect(out.data != call.out[k].data, "out: expected outputs apart from each other");
+      expect_apart(out, call.out[k], "the other output");
+    }
+  }
+}
+
 inline void set_table(const Call& call, const View& like, int n_cells, int64_t batch, bool f64, RowSource& rows) {
   const View& table = *call.table;
   expect_device(table, like, "table");
@@ -226,6 +285,7 @@ inline MapArgs make_args(const Call& call) {
   }
   args.n_out = static_cast<int32_t>(call.out.size());
   for (int32_t j = 0; j < args.n_out; ++j) args.out[j] = array_of(call.out[j], like, "out");
+  expect_outputs_apart(call);
   args.use_pred = call.use_pred;
   set_rows(call, like, args.n_out, batch, args.f64, args.rows);
   set_noise(call, like, batch, args.noise);

@@ -1,7 +1,7 @@
 // genkern._arrays: the kernels on NumPy arrays and on any array that speaks DLPack. No torch here.
 //
-// Outputs are given by the caller. On CUDA the work is queued on `stream` (1, the legacy default stream, unless told
-// otherwise), on the arrays' device.
+// Outputs are given by the caller. On CUDA the work is queued on the arrays' device, on `stream`, by default the
+// arrays' own (views.h).
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -100,14 +100,14 @@ void map_out(const py::object& x, const py::object& m, const py::object& m_uncon
              const py::object& z, const Floats& row, const py::object& table, const py::object& index,
              const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
              const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred,
-             const Objects& out, intptr_t stream) {
+             const Objects& out, std::optional<intptr_t> stream) {
   Views views(stream);
   Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key,
                         device_key, sample_ids, use_pred);
   call.out = views.all(out, "out", true);
   const genkern::MapArgs args = genkern::make_args(call);
   run_on(
-      genkern::like_of(call), stream, [&] { genkern::map_cpu(args, kThreads); },
+      genkern::like_of(call), views.stream(), [&] { genkern::map_cpu(args, kThreads); },
       [&]([[maybe_unused]] void* cuda_stream) -> const char* {
 #ifdef GENKERN_WITH_CUDA
         return genkern::map_cuda(args, cuda_stream);
@@ -122,7 +122,7 @@ void reduce_out(const py::object& x, const py::object& m, const py::object& m_un
                 const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
                 const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred,
                 const py::object& mask, int64_t kind, const py::object& residual, const py::object& sums,
-                intptr_t stream) {
+                std::optional<intptr_t> stream) {
   expect(kind == 0 || kind == 1, "kind: expected 0 (squares) or 1 (absolute values), got ", kind);
   Views views(stream);
   Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key,
@@ -140,7 +140,7 @@ void reduce_out(const py::object& x, const py::object& m, const py::object& m_un
          "sums: expected contiguous [B, 2] of float32 (float64 for float64 states)");
   args.sums = sums_view.data;
   run_on(
-      like, stream,
+      like, views.stream(),
       [&] {
         std::vector<double> workspace(genkern::reduce_workspace_cpu(args.map) / sizeof(double));
         args.workspace = workspace.data();
@@ -179,13 +179,14 @@ PYBIND11_MODULE(_arrays, module) {
   module.def("map", &map_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
              py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
              py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
-             py::arg("use_pred"), py::arg("out"), py::arg("stream") = 1,
+             py::arg("use_pred"), py::arg("out"), py::arg("stream") = py::none(),
              "torch.ops.genkern.map_out, over arrays, into given outputs.");
   module.def("reduce", &reduce_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
              py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
              py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
              py::arg("use_pred"), py::arg("mask"), py::arg("kind"), py::arg("residual"), py::arg("sums"),
-             py::arg("stream") = 1, "torch.ops.genkern.reduce, over arrays, into a given residual and sums [B, 2].");
+             py::arg("stream") = py::none(),
+             "torch.ops.genkern.reduce, over arrays, into a given residual and sums [B, 2].");
   module.def("cpu_isa", &cpu_isa, py::arg("select") = "",
              "The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.");
   module.attr("has_cuda") = kHasCuda;

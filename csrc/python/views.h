@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <deque>
+#include <optional>
 #include <vector>
 
 #include "../faces/call.h"
@@ -18,8 +19,9 @@ namespace py = pybind11;
 // until the work is queued on the stream that its arrays are ordered by).
 class Views {
  public:
-  // stream: the CUDA stream that producers are asked to order their data by.
-  explicit Views(intptr_t stream) : stream_(stream) {}
+  // stream: the CUDA stream of the work, which producers are asked to order their data by. None: the current one of the
+  // first array that can say which that is (the exchange API), else the legacy default stream, 1.
+  explicit Views(std::optional<intptr_t> stream) : stream_(stream) {}
   Views(const Views&) = delete;
   Views& operator=(const Views&) = delete;
 
@@ -29,6 +31,9 @@ class Views {
     for (dlpack::ManagedVersioned* m : versioned_)
       if (m->deleter != nullptr) m->deleter(m);
   }
+
+  // The stream to queue the work on, once all arrays are known.
+  intptr_t stream() const { return stream_.value_or(1); }
 
   View of(const py::handle& object, const char* name, bool output = false) {
     if (py::isinstance<py::array>(object)) return of_numpy(py::reinterpret_borrow<py::array>(object), name, output);
@@ -84,24 +89,35 @@ class Views {
     if (api->tensor_from_object != nullptr) {
       dlpack::Tensor tensor{};
       if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+      follow_stream(*api, tensor.device);
       return of_tensor(tensor, name);
     }
     dlpack::ManagedVersioned* managed = nullptr;
     if (api->managed_from_object(object.ptr(), &managed) != 0) throw py::error_already_set();
     versioned_.push_back(managed);
+    follow_stream(*api, managed->tensor.device);
     return of_tensor(managed->tensor, name);
+  }
+
+  // The exchange API orders nothing by itself: work goes where its producer works.
+  void follow_stream(const dlpack::ExchangeApi& api, const dlpack::Device& device) {
+    if (stream_ || device.type != dlpack::kCuda || api.current_work_stream == nullptr) return;
+    void* current = nullptr;
+    if (api.current_work_stream(device.type, device.id, &current) != 0) throw py::error_already_set();
+    stream_ = reinterpret_cast<intptr_t>(current);
   }
 
   View of_capsule(const py::handle& object, const char* name, bool output) {
     const auto device = object.attr("__dlpack_device__")().cast<std::pair<int32_t, int32_t>>();
     const bool cuda = device.first == dlpack::kCuda || device.first == dlpack::kCudaManaged;
-    const py::object stream = cuda ? py::object(py::int_(stream_)) : py::object(py::none());
+    py::object queue = py::none();
+    if (cuda) queue = py::int_(stream());
     py::object capsule;
     try {
-      capsule = object.attr("__dlpack__")(py::arg("stream") = stream, py::arg("max_version") = py::make_tuple(1, 0));
+      capsule = object.attr("__dlpack__")(py::arg("stream") = queue, py::arg("max_version") = py::make_tuple(1, 0));
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;  // a producer older than DLPack 1.0
-      capsule = object.attr("__dlpack__")(py::arg("stream") = stream);
+      capsule = object.attr("__dlpack__")(py::arg("stream") = queue);
     }
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
@@ -158,7 +174,7 @@ class Views {
     view.strides = numbers_.back().data();
   }
 
-  intptr_t stream_;
+  std::optional<intptr_t> stream_;
   std::deque<std::vector<int64_t>> numbers_;
   std::vector<dlpack::Managed*> managed_;
   std::vector<dlpack::ManagedVersioned*> versioned_;

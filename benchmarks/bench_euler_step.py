@@ -1,0 +1,7 @@
+"""euler_step: x + dt v."""
+
+CASES = "euler_step"
+
+
+def test_euler_step(benchmark, contender):
+    contender(benchmark)

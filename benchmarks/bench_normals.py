@@ -1,0 +1,7 @@
+"""Normals by instruction set and threads."""
+
+CASES = "normals"
+
+
+def test_normals(benchmark, contender):
+    contender(benchmark)
