@@ -143,22 +143,33 @@ void store(const Span& span, int k, const Array& array, const Acc* values) {
   }
 }
 
+// An element as it lies in memory, where a row is applied without buffers between.
+struct Bf16 {
+  uint16_t bits;
+};
+inline float widen(Bf16 v) { return bf16_to_float(v.bits); }
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline void narrow(float v, Bf16& to) { to.bits = float_to_bf16(v); }
+inline void narrow(float v, float& to) { to = v; }
+inline void narrow(double v, double& to) { to = v; }
+
 // acc = c0 t0, then acc = fma(ck, tk, acc). out may be one of the terms: element i is read before it is written.
-template <int kTerms, typename Acc>
-void combine_terms(const Acc* c, const Acc* const* terms, Acc* out, int count) {
+template <int kTerms, typename Acc, typename Element>
+void combine_terms(const Acc* c, const Element* const* terms, Element* out, int count) {
   Acc coefficient[kTerms];
-  const Acc* term[kTerms];
+  const Element* term[kTerms];
   for (int k = 0; k < kTerms; ++k) coefficient[k] = c[k], term[k] = terms[k];
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
-    Acc acc = coefficient[0] * term[0][i];
-    for (int k = 1; k < kTerms; ++k) acc = fma_(coefficient[k], term[k][i], acc);
-    out[i] = acc;
+    Acc acc = coefficient[0] * widen(term[0][i]);
+    for (int k = 1; k < kTerms; ++k) acc = fma_(coefficient[k], widen(term[k][i]), acc);
+    narrow(acc, out[i]);
   }
 }
 
-template <typename Acc>
-void combine(int n_terms, const Acc* c, const Acc* const* terms, Acc* out, int count) {
+template <typename Acc, typename Element>
+void combine(int n_terms, const Acc* c, const Element* const* terms, Element* out, int count) {
   switch (n_terms) {
     case 1: return combine_terms<1>(c, terms, out, count);
     case 2: return combine_terms<2>(c, terms, out, count);
@@ -167,8 +178,7 @@ void combine(int n_terms, const Acc* c, const Acc* const* terms, Acc* out, int c
     case 5: return combine_terms<5>(c, terms, out, count);
     case 6: return combine_terms<6>(c, terms, out, count);
     case 7: return combine_terms<7>(c, terms, out, count);
-    default:
-      for (int i = 0; i < count; ++i) out[i] = Acc(0);
+    default: break;  // a row has a term: faces/call.h
   }
 }
 
@@ -219,6 +229,10 @@ const Acc* draw_noise(const Span& span, const SampleNoise& noise, Buffers<Acc>& 
   }
 }
 
+// The terms after y, in the order in which they are added, and their cells.
+constexpr Input kOrder[kMaxTerms - 1] = {kX, kM, kH0, kH1, kH2, kZ};
+constexpr OutCell kTermCell[kMaxTerms - 1] = {kOutX, kOutM, kOutH0, kOutH1, kOutH2, kOutZ};
+
 // The row's outputs for one block, each in result[j]. The last pass writes where `direct` says, if it is not null.
 template <typename Acc>
 void apply_row(const MapArgs& args, const Span& span, const Acc* cells, const SampleNoise& noise, Buffers<Acc>& buffers,
@@ -246,8 +260,6 @@ void apply_row(const MapArgs& args, const Span& span, const Acc* cells, const Sa
     const Acc lo = cells[kLo], hi = cells[kHi];
     for (int i = 0; i < count; ++i) buffers.pred[i] = clamp(buffers.pred[i], lo, hi);
   }
-  constexpr Input kOrder[kMaxTerms - 1] = {kX, kM, kH0, kH1, kH2, kZ};
-  constexpr OutCell kTermCell[kMaxTerms - 1] = {kOutX, kOutM, kOutH0, kOutH1, kOutH2, kOutZ};
   for (int j = 0; j < args.n_out; ++j) {
     const Acc* c = cells + kFirstOut + kOutCells * j;
     Acc coefficients[kMaxTerms];
