@@ -12,6 +12,7 @@ from .overlap import apart, dense, overlap, start, strides
 
 MAX_DIMS = 16  # of a tensor, the batch included (csrc/kernels/kernels.h)
 FLOATS = "float32, float16, bfloat16 or float64"
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 
 def is_tensor(value: Any) -> bool:
@@ -111,9 +112,24 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         found = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {_range(low, high)}, got an integer beyond float64") from None
     if not (low <= found <= high and math.isfinite(found)):
         raise ValueError(f"{name}: expected {_range(low, high)}, got {found}")
     return found
+
+
+def inside(name: str, value: Any, low: float, high: float) -> Any:
+    """A number, an array or a tensor, as it is: finite and in [low, high] (an array where it is looked at)."""
+    if not is_tensor(value) and not is_array(value):
+        number(name, value, low, high)
+        return value
+    if not _visible(value) or not math.prod(value.shape):
+        return value
+    first, last = value.detach().aminmax() if is_tensor(value) else (value.min(), value.max())
+    if not (low <= float(first) and float(last) <= high and math.isfinite(last)):
+        raise ValueError(f"{name}: expected {_range(low, high)}, got {float(first):g} to {float(last):g}")
+    return value
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -148,7 +164,7 @@ def coefficient(name: str, value: Any, like: Any, low: float = -math.inf, high: 
         A float, or a tensor (array) of shape [B] or [1] on like's device.
     """
     if type(value) is float:
-        if low <= value <= high and -math.inf < value < math.inf:
+        if low <= value <= high and (-FLOAT32_MAX <= value <= FLOAT32_MAX or _fits(name, value, like)):
             return value
         raise ValueError(f"{name}: expected {_range(low, high)}, got {value}")
     if is_tensor(value):
@@ -171,7 +187,18 @@ def coefficient(name: str, value: Any, like: Any, low: float = -math.inf, high: 
         _coefficient_shape(name, value, like)
         _values(name, value, low, high)
         return value if value.ndim == 1 else value.reshape(1)
-    return number(name, value, low, high)
+    found = number(name, value, low, high)
+    _fits(name, found, like)
+    return found
+
+
+def _fits(name: str, value: float, like: Any) -> bool:
+    """Whether a number is finite; ValueError where it is so, but not in like's arithmetic."""
+    if not math.isfinite(value):
+        return False
+    if abs(value) > FLOAT32_MAX and getattr(getattr(like, "dtype", None), "itemsize", 8) < 8:
+        raise ValueError(f"{name}: expected a number that float32 can hold, at most {FLOAT32_MAX:.8g}, got {value}")
+    return True
 
 
 def shape(value: Any) -> tuple[int, ...]:
@@ -252,7 +279,11 @@ def separate(named: Sequence[tuple[str, Any]], inputs: Sequence[tuple[str, Any]]
             if value is None or (value is out and position < len(inputs)) or apart(out, value):
                 continue
             same = start(out) == start(value) and strides(out) == strides(value) and out.dtype == value.dtype
-            if overlap(out, value) and not (same and position < len(inputs)):
+            if not overlap(out, value):
+                continue
+            if position >= len(inputs):
+                raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
+            if not same:
                 raise ValueError(f"{name}: expected {other} itself or memory apart from it, got a partial overlap")
 
 
@@ -265,6 +296,11 @@ def mask(value: Any, like: Any) -> Any:
         raise TypeError(f"mask: expected bool, {FLOATS}, got {value.dtype}")
     if is_tensor(value) and value.device != like.device:
         raise ValueError(f"mask: expected device {like.device}, got {value.device}")
+    if "bool" not in str(value.dtype):
+        if value.dtype.itemsize > 4 and like.dtype.itemsize < 8:
+            raise TypeError(f"mask: expected bool, or at most the arithmetic's float32, got {value.dtype}")
+        if _visible(value) and math.prod(value.shape) and not bool((value >= 0).all()):
+            raise ValueError("mask: expected numbers >= 0, got a negative one or NaN")
     sizes = (1,) * (like.ndim - value.ndim) + tuple(value.shape)
     if value.ndim > like.ndim or any(a not in (1, b) for a, b in zip(sizes, like.shape, strict=True)):
         raise ValueError(f"mask: expected a shape that broadcasts to {tuple(like.shape)}, got {tuple(value.shape)}")
@@ -277,7 +313,16 @@ def mask(value: Any, like: Any) -> Any:
 
 def sample_ids(ids: Any, batch: int, numpy: bool, device: Any) -> Any:
     """Sample ids as contiguous int64 [B] beside the other arrays."""
-    integer = "int" in str(ids.dtype) if hasattr(ids, "dtype") else all(hasattr(i, "__index__") for i in ids)
+    if hasattr(ids, "dtype"):
+        integer = "int" in str(ids.dtype)
+    else:
+        if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+            raise TypeError(f"sample_ids: expected a sequence of integers, or int64, got {ids!r}")
+        ids = tuple(ids)
+        integer = all(hasattr(i, "__index__") and not isinstance(i, bool) for i in ids)
+        for i in ids:
+            if integer and not -(1 << 63) <= i.__index__() < 1 << 63:
+                raise ValueError(f"sample_ids: expected integers that int64 can hold, got {i}")
     if not integer:
         raise TypeError(f"sample_ids: expected int64, got {getattr(ids, 'dtype', ids)}")
     if numpy:
@@ -330,6 +375,8 @@ def ddim_path(
         return
     if _any((eta != 0.0) & ((sigma_t == 0.0) | (alpha_s == 0.0))):
         raise ValueError("eta: expected 0 where sigma_t or alpha_s is 0, got another number")
+    # eta is 0 where these are 0: any other divisor does.
+    sigma_t, alpha_s = sigma_t + (sigma_t == 0.0), alpha_s + (alpha_s == 0.0)
     kept = 1.0 - (alpha_t / alpha_s) ** 2
     if _any((eta != 0.0) & (kept < -rounding)):
         raise ValueError("eta: expected 0 where alpha_t > alpha_s (a step toward the noise), got another number")

@@ -51,7 +51,7 @@ class Terms:
         assert like is not None  # noise alone has no derivative
         shape, device = like.shape, like.device
         self.accumulator = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.spec, self.x, self.m, self.m_uncond, self.table = spec, x, m, m_uncond, table
+        self.spec, self.x, self.m, self.m_uncond, self.table, self.index = spec, x, m, m_uncond, table, index
         if spec.noise:
             z = calls.draw(spec, device_key, sample_ids, shape, device, self.accumulator)
         self.z = z
@@ -83,9 +83,13 @@ def _plus(total: Tensor | None, term: Tensor) -> Tensor:
 
 
 def pulled_back(
-    spec: Spec, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The vector-Jacobian product: gradients of `tensors` (those needed) from gradients of the outputs."""
+    spec: Spec, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], needed: Sequence[bool],
+    masked: bool = False,
+) -> list[Tensor | None]:  # fmt: skip
+    """The vector-Jacobian product: gradients of `tensors` (those needed) from gradients of the outputs.
+
+    masked: where a gradient is 0, its term may be NaN, and adds nothing to a coefficient's gradient.
+    """
     of = Terms(spec, tensors)
     cells, terms = of.cells, of.by_term
     g_outs = [(j, of.wide(g)) for j, g in enumerate(grads) if g is not None]
@@ -99,17 +103,20 @@ def pulled_back(
             if term in terms:
                 g_term[term] = _plus(g_term[term], cells[cell] * g_pred)
 
+    def product(g: Tensor, term: Tensor) -> Tensor:
+        return torch.where(g == 0, 0.0, g * term) if masked else g * term
+
     def of_cell(cell: int) -> Tensor | None:
         """Elementwise gradient of a cell, to be summed over what shares it."""
         if cell in (rows.A, rows.B):
             term = terms.get(rows.X if cell == rows.A else rows.M)
-            return None if g_pred is None or term is None else g_pred * term
+            return None if g_pred is None or term is None else product(g_pred, term)
         if cell == rows.W:
             g_m = g_term.get(rows.M)
-            return None if of.m_uncond is None or g_m is None else g_m * of.guidance()
+            return None if of.m_uncond is None or g_m is None else product(g_m, of.guidance())
         j, term_index = divmod(cell - rows.FIRST_OUT, rows.OUT_CELLS)
         term, g = terms.get(term_index), dict(g_outs).get(j)
-        return None if cell < rows.FIRST_OUT or term is None or g is None else g * term
+        return None if cell < rows.FIRST_OUT or term is None or g is None else product(g, term)
 
     g_m = g_term.get(rows.M)
     guided = of.m_uncond is not None
@@ -121,7 +128,7 @@ def pulled_back(
     for k in range(spec.n_h):
         found[FIRST_H + k] = g_term.get(rows.H0 + k)
     if needed[TABLE] and of.table is not None:
-        found[TABLE] = _table_gradient(of.table, of_cell)
+        found[TABLE] = _table_gradient(of.table, of.index, of_cell)
     for k, (cell, scale) in enumerate(zip(spec.cells, spec.scales, strict=True)):
         slot = FIRST_VALUE + k
         value = tensors[slot]
@@ -141,6 +148,8 @@ def pushed_forward(
     of = Terms(spec, tensors)
     cells, terms = of.cells, of.by_term
     d_x, d_mc, d_z, d_mu, d_table = (None if t is None else of.wide(t) for t in (*tangents[:FIRST_H], tangents[TABLE]))
+    if d_table is not None and of.index is not None:
+        d_table = d_table.index_select(0, of.index)
     shape = (-1, *[1] * (next(iter(terms.values())).ndim - 1))
 
     def d_cell(cell: int) -> Tensor | None:
@@ -199,12 +208,13 @@ def _over_samples(g: Tensor, length: int) -> Tensor:
     return by_sample if length == g.shape[0] else by_sample.sum(0, keepdim=True)
 
 
-def _table_gradient(table: Tensor, of_cell: Callable[[int], Tensor | None]) -> Tensor:
-    columns = []
+def _table_gradient(table: Tensor, index: Tensor | None, of_cell: Callable[[int], Tensor | None]) -> Tensor:
+    columns, lines = [], table.shape[0] if index is None else index.shape[0]
     for cell in range(table.shape[1]):
         g = of_cell(cell)
-        columns.append(torch.zeros_like(table[:, cell]) if g is None else _over_samples(g, table.shape[0]))
-    return torch.stack(columns, dim=1)
+        columns.append(table.new_zeros(lines) if g is None else _over_samples(g, lines))
+    found = torch.stack(columns, dim=1)
+    return found if index is None else torch.zeros_like(table).index_add(0, index, found)
 
 
 def transposed_terms(spec: Spec, given: Sequence[bool], needed: Sequence[bool]) -> list[tuple[int, int]] | None:

@@ -23,7 +23,7 @@ from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec,
 
 __all__ = [
     "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
-    "run_numbers",
+    "refuse_derivatives", "run_numbers",
 ]  # fmt: skip
 
 
@@ -44,15 +44,19 @@ def reduce_rows(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tup
 
 def map_rows_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> None:
     """Apply a row into given outputs; these have no derivatives, as elsewhere in PyTorch."""
-    tracing = torch.compiler.is_compiling()
-    if _requires_grad(tensors) or (not tracing and transformed()):
+    refuse_derivatives(out, tensors)
+    run_map_out(spec, out, *tensors)
+    if not torch.compiler.is_compiling():  # so that autograd notices where it has saved what was written over
+        for target in out:
+            torch.autograd.graph.increment_version(target)
+
+
+def refuse_derivatives(out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+    """RuntimeError where a call into given outputs would have to be differentiated."""
+    if _requires_grad(tensors) or (not torch.compiler.is_compiling() and transformed()):
         raise RuntimeError("out: expected None where an argument requires a gradient or torch.func transforms the call")
     if _requires_grad(out):
         raise RuntimeError("out: expected a tensor that requires no gradient, got one that does, under grad mode")
-    run_map_out(spec, out, *tensors)
-    if not tracing:  # so that autograd notices where it has saved what was written over
-        for target in out:
-            torch.autograd.graph.increment_version(target)
 
 
 def needs_function(tensors: Sequence[Tensor | None]) -> bool:
@@ -178,6 +182,14 @@ class _Map(_CompiledMap):
         return outs, (0,) * len(outs)
 
 
+def _keep_residual(ctx: Any, inputs: tuple[Any, ...], residual: Tensor, tie: Tensor | None) -> None:
+    spec, _, *tensors = inputs
+    ctx.mark_non_differentiable(residual)
+    ctx.spec, ctx.given, ctx.dtypes = spec, _given(tensors), _dtypes(tensors)
+    ctx.save_for_backward(residual, tie, *_kept(spec, tensors))  # the residual has the mask in it
+    ctx.set_materialize_grads(False)  # the residual's would be zeros of its size
+
+
 class _CompiledReduce(torch.autograd.Function):
     @staticmethod
     def forward(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,48 +197,82 @@ class _CompiledReduce(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        spec, mask, *tensors = inputs
-        residual, _ = output
-        ctx.mark_non_differentiable(residual)
-        ctx.spec, ctx.given, ctx.dtypes = spec, _given(tensors), _dtypes(tensors)
-        ctx.save_for_backward(residual, *_kept(spec, tensors))  # the residual has the mask in it
-        ctx.set_materialize_grads(False)  # the residual's would be zeros of its size
+        _keep_residual(ctx, inputs, output[0], None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
-        return _reduce_backward(ctx, grad_sums, False)
+        residual, _, *tensors = ctx.saved_tensors
+        return _reduce_backward(ctx, residual, tensors, grad_sums, False)
 
 
-def _reduce_backward(ctx: Any, grad_sums: Tensor | None, in_place: bool) -> tuple[Any, ...]:
+def _reduce_backward(
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], grad_sums: Tensor | None, in_place: bool
+) -> tuple[Any, ...]:
     spec, needed = ctx.spec, ctx.needs_input_grad[2:]
     if grad_sums is None:
         return (None,) * (2 + len(needed))
-    residual, *tensors = ctx.saved_tensors
     factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
     wanted = transposed_terms(spec, ctx.given, needed)
     if wanted is None:
         g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
-        return (None, None, *pulled_back(spec, tensors, [g], needed))
+        return (None, None, *pulled_back(spec, tensors, [g], needed, masked=True))
     into = residual if in_place else None
     return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, into))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients of reduce as they are, tied to its sums, and so to its inputs, by a derivative that raises: reduce
+    keeps a residual and no input, and without this tie a second derivative would be silently 0."""
+
+    @staticmethod
+    def forward(sums: Tensor, grad_sums: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], sums: Tensor, grad_sums: Tensor, *found: Tensor) -> tuple[Any, Any]:
+        return _Once.apply(sums, grad_sums, *found), in_dims[2:]
+
+
+_ONCE = "path_loss: expected one derivative, got a second one; its sums are differentiable once"
 
 
 class _Reduce(_CompiledReduce):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _CompiledReduce.setup_context(ctx, inputs, output)
+        _keep_residual(ctx, inputs, *output)  # the sums tie a gradient to every input without keeping one (_Once)
         # A hook that packs what is saved may keep it, or give back what others hold.
         ctx.scratch = inputs[0].scratch and not transformed() and _saving_hooks(False) is None
         if transformed():
             ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
-        in_place = ctx.scratch and not (torch.compiler.is_compiling() or transformed() or _keeps_graph())
+        residual, sums, *tensors = ctx.saved_tensors
+        again = torch.is_grad_enabled() or transformed()
+        in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
         # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
-        return _reduce_backward(ctx, grad_sums, in_place)
+        if not again:
+            return _reduce_backward(ctx, residual, tensors, grad_sums, in_place)
+        with torch.no_grad():
+            found = _reduce_backward(ctx, residual, tensors, grad_sums, False)
+        slots = [k for k, g in enumerate(found) if g is not None]
+        if not slots:
+            return found
+        tied = dict(zip(slots, _Once.apply(sums, grad_sums, *(found[k] for k in slots)), strict=True))
+        return tuple(tied.get(k) for k in range(len(found)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> tuple[None, Tensor]:

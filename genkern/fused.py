@@ -48,7 +48,8 @@ def apply_row(
         A tuple of one to three arrays, with a dense x's strides.
 
     Raises:
-        ValueError: shapes, devices or lengths that differ. TypeError: arrays of mixed kinds or not floating.
+        ValueError: shapes, devices or lengths that differ; a coefficient whose term is not given. TypeError: arrays of
+            mixed kinds or not floating.
     """
     packed = rows.pack(row)
     given = _checked(packed, x, m, m_uncond, h, noise, size, device, names)
@@ -73,7 +74,7 @@ def apply_row(
         return arrays.run_map(spec, outs, *tensors)
     functions = _torch_side()
     codes = functions.CODES
-    spec, tensors = _call(packed, given, noise, uniform, tuple([codes[dtype] for dtype in dtypes]))
+    spec, tensors = _call(packed, given, noise, uniform, tuple([codes[dtype] for dtype in dtypes]), 0, outs)
     if outs is None:
         found: tuple[Any, ...] = functions.map_rows(spec, *tensors)
         return found
@@ -181,6 +182,17 @@ def _checked(
         given = _Given(numpy, like, arrays, like.shape, None if numpy else like.device)
     if packed.table is not None:
         check.table(packed.table, packed.index, rows.n_cells(packed.n_out), like, given.shape[0])
+        return given
+    if packed.n_h > len(h):
+        raise ValueError(f"h: expected {packed.n_h} tensors, one for each of its coefficients, got {len(h)}")
+    if m_uncond is None and (packed.row[rows.W] != 1.0 or rows.W in packed.cells):
+        raise ValueError(f"{names[2]}: expected a tensor beside a guidance scale, got None")
+    if m is None and (packed.formula or packed.uses(rows.M)):
+        raise ValueError(f"{names[1]}: expected a tensor where its coefficient is not 0, got None")
+    if x is None and (packed.formula or packed.uses(rows.X)):
+        raise ValueError(f"{names[0]}: expected a tensor where its coefficient is not 0, got None")
+    if len(packed.values) > rows.MAX_VALUES:
+        raise ValueError(f"row: expected at most {rows.MAX_VALUES} coefficients as tensors, got {len(packed.values)}")
     return given
 
 
@@ -189,8 +201,9 @@ def _padded(names: Sequence[str]) -> Sequence[str]:
 
 
 def _call(
-    packed: rows.Packed, given: _Given, noise: Any, uniform: bool, dtypes: tuple[int, ...], kind: int = 0
-) -> tuple[Spec, list[Any]]:
+    packed: rows.Packed, given: _Given, noise: Any, uniform: bool, dtypes: tuple[int, ...], kind: int = 0,
+    into: Sequence[Any] | None = None,
+) -> tuple[Spec, list[Any]]:  # fmt: skip
     """Settles where the noise comes from, and lays the coefficients out. No check fails after a seed is drawn."""
     x, m, m_uncond, z, *h = given.arrays
     draws = isinstance(noise, Noise) if packed.draws is None else packed.draws
@@ -200,7 +213,10 @@ def _call(
         z = None
     elif draws and z is None:
         check.elements(given.shape)
-        noise = _fresh(given.numpy) if noise is None else noise
+        if noise is None:
+            if into is not None and not given.numpy:
+                _torch_side().refuse_derivatives(into, (*given.arrays, packed.table, *packed.values))
+            noise = Noise.fresh(torch_governs=not given.numpy)
         draw = 2 if uniform else 1
         key, device_key = _key(noise, given.numpy, given.device)
         if noise.sample_ids is not None:
@@ -230,28 +246,20 @@ def _ready(value: Any) -> Any:
     return numpy.ascontiguousarray(value, dtype=None if value.dtype.itemsize >= 4 else numpy.float32)
 
 
-def _fresh(numpy: bool) -> Noise:
-    if numpy:
-        return Noise.fresh(torch_governs=False)
-    import torch
-
-    if not torch.compiler.is_compiling():
-        return Noise.fresh()
-    halves = torch.randint(0, 1 << 32, (2,), dtype=torch.int64)  # a tensor, so that a new seed is no new graph
-    return Noise(seed=(halves[:1] << 32) | halves[1:])
-
-
 def _key(noise: Noise, numpy: bool, device: Any) -> tuple[tuple[int, ...], Any]:
     """(seed, stream, draw) on the host, and (seed, stream, 0) on the device where one of them is a tensor."""
     if not noise.on_device:
         return (as_int64(int(noise.seed)), as_int64(int(noise.stream)), noise.draw), None
     if numpy:
-        numbers = [int(part) for part in (noise.seed, noise.stream)]
+        numbers = [as_int64(int(part)) for part in (noise.seed, noise.stream)]
         return (numbers[0], numbers[1], noise.draw), None
     import torch
 
+    # Host numbers are filled in on the device: a copy from pageable memory is refused while a CUDA graph is captured.
     parts = [
-        part if isinstance(part, torch.Tensor) else torch.full((1,), as_int64(part), dtype=torch.int64)
+        part.reshape(1).to(device)
+        if isinstance(part, torch.Tensor)
+        else torch.full((1,), as_int64(part), dtype=torch.int64, device=device)
         for part in (noise.seed, noise.stream, 0)
     ]
-    return (0, 0, noise.draw), torch.cat([part.reshape(1).to(device) for part in parts])
+    return (0, 0, noise.draw), torch.cat(parts)

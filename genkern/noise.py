@@ -37,7 +37,7 @@ class Purpose(enum.IntEnum):
     PROBES = 7
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Noise:
     """A value that names Gaussian (or uniform) numbers; it has no state and draws nothing by itself.
 
@@ -73,6 +73,14 @@ class Noise:
         """The same numbers of other samples."""
         return dataclasses.replace(self, sample_ids=sample_ids)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Noise):
+            return NotImplemented
+        return self is other or _numbers(self) == _numbers(other)
+
+    def __hash__(self) -> int:
+        return hash(self.draw)  # the other numbers may be in arrays, and in device memory
+
     @property
     def on_device(self) -> bool:
         """Whether the seed or the stream is a tensor."""
@@ -87,8 +95,18 @@ class Noise:
         import torch
 
         device = "cpu" if generator is None else generator.device
-        halves = torch.randint(0, 1 << 32, (2,), dtype=torch.int64, generator=generator, device=device).tolist()
-        return Noise(seed=halves[0] << 32 | halves[1])
+        halves = torch.randint(0, 1 << 32, (2,), dtype=torch.int64, generator=generator, device=device)
+        # A tensor where the numbers are not known: traced, so that a new seed is no new graph, or one seed a lane.
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(halves):
+            return Noise(seed=(halves[:1] << 32) | halves[1:])
+        high, low = halves.tolist()
+        return Noise(seed=high << 32 | low)
+
+
+def _numbers(noise: Noise) -> tuple[Any, ...]:
+    ids = noise.sample_ids
+    listed = ids if ids is None else ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
+    return as_int64(int(noise.seed)), as_int64(int(noise.stream)), noise.draw, listed
 
 
 def as_int64(value: int) -> int:

@@ -253,7 +253,8 @@ def path_loss(
 
     Args:
         model_output: F.  [B, ...], float16/bfloat16/float32/float64, of x's dtype or a lower precision.
-        x: data.  [B, ...]; None: left out. Without x, the first of h, or a given noise, may have the higher precision.
+        x: data.  [B, ...]; None: left out, x_coef being 0. Without x, any of h, or a given noise, may have the higher
+            precision.
         x_coef, noise_coef, m_coef: float, or [B].
         noise: a Noise, or a tensor [B, ...]; needed where noise_coef is not 0.
         h: up to three further tensors of the target.  [B, ...].
@@ -278,11 +279,12 @@ def path_loss(
     check.choice("kind", kind, LOSSES)
     check.choice("reduction", reduction, REDUCTIONS)
     check.terms([("model_output", model_output)])
+    for name, value in (("h", h), ("h_coefs", h_coefs)):
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name}: expected a tuple or a list, got {type(value).__name__}")
     h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
     if len(coefs) != len(h):
         raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
-    names = ["h[0]", "h[1]", "h[2]"]
-    x_name = "x"
     x_coef, noise_coef, m_coef = (
         _coef(name, value, model_output)
         for name, value in (("x_coef", x_coef), ("noise_coef", noise_coef), ("m_coef", m_coef))
@@ -290,10 +292,21 @@ def path_loss(
     coefs = tuple(_coef(f"h_coefs[{k}]", value, model_output) for k, value in enumerate(coefs))
     if noise is None and not (isinstance(noise_coef, float) and noise_coef == 0.0):
         raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
-    if x is None and h:  # the first term may be of higher precision than F, so the state's place is not left empty
-        x_name, x, x_coef, h, coefs, names = names[0], h[0], coefs[0], h[1:], coefs[1:], names[1:]
-    elif x is None and noise is not None and not isinstance(noise, Noise):
-        x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
+    names, x_name = [f"h[{k}]" for k in range(len(h))], "x"
+    if x is None:
+        if not (isinstance(x_coef, float) and x_coef == 0.0):
+            raise ValueError("x_coef: expected 0 where x is not given, got another number")
+        # The term of highest precision takes the state's place, which sets the arithmetic's.
+        given = None if isinstance(noise, Noise) else noise
+        wide, k = model_output.dtype.itemsize, -1
+        for position, term in enumerate((*h, given)):
+            if term is not None and getattr(getattr(term, "dtype", None), "itemsize", 0) > wide:
+                wide, k = term.dtype.itemsize, position
+        if k == len(h):
+            x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
+        elif k >= 0:
+            x_name, x, x_coef = names.pop(k), h[k], coefs[k]
+            h, coefs = h[:k] + h[k + 1 :], coefs[:k] + coefs[k + 1 :]
     row = Row(
         (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
     )
@@ -351,12 +364,16 @@ def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, ou
     if kind == "numpy" or check.is_numpy_dtype(dtype):
         import numpy
 
+        if device is not None and str(device) not in ("cpu", "numpy"):
+            raise ValueError(f"device: expected None or the CPU for a NumPy array, got {device}")
         device, dtype = "numpy", numpy.dtype(dtype)
     else:
         import torch
 
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        device = torch.get_default_device() if device is None else torch.device(device)
+        if device is None:  # torch.compile cannot trace get_default_device
+            device = torch.empty(0).device if check.compiling() else torch.get_default_device()
+        device = torch.device(device)
     if not hasattr(dtype, "itemsize") or not check.is_float(dtype):
         raise TypeError(f"dtype: expected {check.FLOATS}, got {dtype}")
     row = Row((Out(z=1.0),))

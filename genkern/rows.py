@@ -20,7 +20,7 @@ Coef = Any  # a float, a tensor or array of shape [B] or [1], or a Scaled one
 A, B, LO, HI, W = range(5)
 FIRST_OUT, OUT_CELLS = 5, 7
 Y, X, M, H0, H1, H2, Z = range(OUT_CELLS)
-MAX_OUTS, MAX_H = 3, 3
+MAX_OUTS, MAX_H, MAX_VALUES = 3, 3, 12
 ALPHA_T, SIGMA_T, ALPHA_S, SIGMA_S, ETA = range(26, 31)
 CELLS_WITH_FORMULA = 31
 
@@ -120,6 +120,18 @@ class Packed(NamedTuple):
     draws: bool | None  # whether z has a coefficient; None where only the device knows
     table: Any = None
     index: Any = None
+    n_h: int = 0  # how many h it has coefficients for
+
+    def uses(self, term: int) -> bool:
+        """Whether a term has a coefficient other than 0, in an output or (x and m) in the prediction."""
+        row, cells = self.row, self.cells
+        if self.use_pred and term < H0 and (row[A + term - X] != 0.0 or A + term - X in cells):
+            return True
+        firsts = range(FIRST_OUT + term, n_cells(self.n_out), OUT_CELLS)
+        for cell in firsts:  # a loop costs less than any() of a generator
+            if row[cell] != 0.0 or cell in cells:
+                return True
+        return False
 
 
 def pack(row: Row | DDIMRow | RowTable) -> Packed:
@@ -152,9 +164,17 @@ def _pack_row(row: Row, use_pred: bool | None = None) -> Packed:
     a, b = (0.0, 0.0) if pred is None else pred
     lo, hi = (-math.inf, math.inf) if clip is None else clip
     cells: list[Any] = [a, b, lo, hi, 1.0 if guidance is None else guidance]
+    n_h = 0
     for out in outs:
-        h0, h1, h2 = (*out.h, 0.0, 0.0, 0.0)[:MAX_H]
+        h, y = out.h, out.y
+        if h:
+            n_h = max(n_h, len(h))
+        if pred is None and (y != 0.0 if type(y) is float else _not_zero(y)):
+            raise ValueError("pred: expected (a, b) where an output uses y, got None")
+        h0, h1, h2 = (*h, 0.0, 0.0, 0.0)[:MAX_H]
         cells += (out.y, out.x, out.m, h0, h1, h2, out.z)
+    if n_h > MAX_H:
+        raise ValueError(f"h: expected at most {MAX_H} coefficients in an output, got {n_h}")
     values: list[Any] = []
     where: list[int] = []
     scales: list[float] = []
@@ -172,12 +192,18 @@ def _pack_row(row: Row, use_pred: bool | None = None) -> Packed:
         else:
             cells[cell] = scale * float(value)
     firsts = range(FIRST_OUT, len(cells), OUT_CELLS)
+    if pred is None and clip is not None:
+        raise ValueError("pred: expected (a, b) in a row that clamps, got None")
     if use_pred is None:
         use_pred = pred is not None and any(cells[f + Y] != 0.0 or f + Y in where for f in firsts)
         if use_pred and clip is None and _fold(cells, where, firsts):
             use_pred = False
     draws = any(cells[FIRST_OUT + Z :: OUT_CELLS]) or any(f + Z in where for f in firsts if where)
-    return Packed(cells, values, where, scales, FORMULA_NONE, use_pred, len(outs), draws)
+    return Packed(cells, values, where, scales, FORMULA_NONE, use_pred, len(outs), draws, None, None, n_h)
+
+
+def _not_zero(value: Coef) -> bool:
+    return isinstance(value, Scaled) or _by_tensor(value) or float(value) != 0.0
 
 
 def _by_tensor(value: Coef) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from op_cases import CASES, NOISE, Case
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import genkern as gk
@@ -86,7 +86,10 @@ def test_gradients_of_path_loss(kind: str, mask: str | None, coefficients: str, 
 def test_gradient_of_the_coefficient_of_drawn_noise(path: str) -> None:
     tensors = (variable(*SHAPE), coefficient(3), coefficient(1))
     gradcheck(lambda x, a, s: gk.ops.add_noise(x, a, s, noise=NOISE), tensors, check_forward_ad=True)
-    gradcheck(lambda m, a, s: gk.ops.path_loss(m, x_coef=a, noise_coef=s, noise=NOISE), tensors, check_forward_ad=True)
+    x = variable(*SHAPE).detach()
+    gradcheck(
+        lambda m, a, s: gk.ops.path_loss(m, x, x_coef=a, noise_coef=s, noise=NOISE), tensors, check_forward_ad=True
+    )
 
 
 @pytest.mark.parametrize("lines", [1, 3])
@@ -103,6 +106,86 @@ def test_gradient_of_a_table_of_rows(lines: int, path: str) -> None:
         return fused.apply_row(of, x=x, m=m, m_uncond=u, h=(h,))
 
     gradcheck(apply, (left, right, *(variable(*SHAPE) for _ in range(4))), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("index", [[2, 0, 1], [2, 0, 0], [1]])
+def test_gradient_of_a_table_of_rows_goes_to_the_rows_of_the_index(index: list[int], path: str) -> None:
+    row = rows.pack(rows.Row((rows.Out(x=0.3, m=0.7, h=(0.2,)),))).row
+    left = torch.tensor(row[: rows.LO], dtype=torch.float64).repeat(4, 1).requires_grad_()
+    right = torch.tensor(row[rows.W :], dtype=torch.float64).repeat(4, 1).requires_grad_()
+    bounds = torch.tensor(row[rows.LO : rows.W], dtype=torch.float64).repeat(4, 1)
+
+    def apply(left: Tensor, right: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+        x, m, h = arrays
+        of = rows.RowTable(torch.cat([left, bounds, right], 1), 1, torch.tensor(index))
+        return fused.apply_row(of, x=x, m=m, h=(h,))
+
+    inputs = (left, right, *(variable(*SHAPE) for _ in range(3)))
+    gradcheck(apply, inputs, check_forward_ad=True)
+    gradgradcheck(apply, inputs, fast_mode=True)
+    # gradcheck's numbers are the kernel's own, so the rows are counted here: sum of x over the samples of a row.
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    table = torch.tensor(row, dtype=torch.float64).repeat(4, 1).requires_grad_()
+    (out,) = fused.apply_row(rows.RowTable(table, 1, torch.tensor(index)), x=x, m=x, h=(x,))
+    (found,) = torch.autograd.grad(out.sum(), table)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for b, r in enumerate(index * (3 if len(index) == 1 else 1)):
+        expected[r] += x[b].sum()
+    torch.testing.assert_close(found[:, rows.out_cell(0, rows.X)], expected)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_gradients_of_path_values_at_zero(prediction: str, path: str) -> None:
+    x, m = torch.randn(2, *SHAPE, dtype=torch.float64)
+    for zero in ("sigma_s", "alpha_s"):
+        given: dict[str, Any] = {"alpha_t": 0.6, "sigma_t": 0.8, "alpha_s": 0.8, "sigma_s": 0.6}
+        given[zero] = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        out = gk.ops.ddim_step(x, m, **given, prediction=prediction)
+        (found,) = torch.autograd.grad(out.sum(), given[zero])
+        # x_s = alpha_s y + sigma_s epsilon
+        epsilon = {"epsilon": m, "v": 0.6 * m + 0.8 * x, "sample": (x - 0.6 * m) / 0.8}[prediction]
+        y = {"epsilon": (x - 0.8 * m) / 0.6, "v": 0.6 * x - 0.8 * m, "sample": m}[prediction]
+        torch.testing.assert_close(found, (epsilon if zero == "sigma_s" else y).sum((1, 2)))
+        along = torch.ones(3, dtype=torch.float64)
+        change = jvp(
+            lambda c, zero=zero, given=given: gk.ops.ddim_step(x, m, **{**given, zero: c}, prediction=prediction),
+            (given[zero].detach(),), (along,),
+        )[1]  # fmt: skip
+        torch.testing.assert_close(change, epsilon if zero == "sigma_s" else y)
+
+
+def test_gradients_at_sigma_s_zero_with_noise(path: str) -> None:
+    x, m, z = torch.randn(3, *SHAPE, dtype=torch.float64)
+    sigma_s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    out = gk.ops.ddim_step(x, m, 0.6, 0.8, 0.9, sigma_s, eta=0.5, noise=z)
+    (found,) = torch.autograd.grad(out.sum(), sigma_s)
+    d = 0.5 / 0.8 * (1.0 - (0.6 / 0.9) ** 2) ** 0.5  # by sigma_s
+    torch.testing.assert_close(found, ((1.0 - d * d) ** 0.5 * m + d * z).sum((1, 2)))
+
+
+@pytest.mark.parametrize("transform", ["backward", "grad", "grad of vmap"])
+def test_nan_under_a_mask_reaches_no_gradient_of_a_coefficient(transform: str, path: str) -> None:
+    m, x, h, z = (t.detach() for t in (variable(*SHAPE) for _ in range(4)))
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    mask[1, 0, 2] = False
+    holes = [t.masked_fill(~mask, float("nan")) for t in (m, x, h, z)]
+
+    def value(module: Any, coefs: Tensor, arrays: Any) -> Tensor:
+        m, x, h, z = arrays
+        a, s, c, k = coefs[:, None]
+        return module.path_loss(m, x, x_coef=a, noise_coef=s, noise=z, m_coef=c, h=(h,), h_coefs=(k,), mask=mask)
+
+    coefs = torch.tensor([0.3, 0.5, 0.9, -0.4], dtype=torch.float64)
+    expected = grad(lambda c: value(gk.reference, c, (m, x, h, z)))(coefs)
+    for module in (gk.ops, gk.reference):
+        if transform == "backward":
+            leaf = coefs.clone().requires_grad_()
+            (found,) = torch.autograd.grad(value(module, leaf, holes), leaf)
+        elif transform == "grad":
+            found = grad(lambda c, module=module: value(module, c, holes))(coefs)
+        else:
+            found = grad(lambda c, module=module: vmap(lambda c: value(module, c, holes))(c[None]).sum())(coefs)
+        torch.testing.assert_close(found, expected)
 
 
 def test_clamp_passes_gradients_by_torchs_rule(path: str) -> None:
@@ -146,10 +229,33 @@ def test_a_retained_graph_gives_the_same_gradient_twice(path: str) -> None:
 
 
 def test_a_second_derivative_of_the_loss_raises(path: str) -> None:
+    weight = variable(3, 3)
+    with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
+        hessian(lambda w: noise_loss(X @ w))(weight)
+    with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
+        grad(lambda w: grad(lambda w: noise_loss(X @ w))(w).square().sum())(weight)
+    for options in ({}, {"kind": "l1"}, {"kind": "pseudo_huber"}, {"x_coef": weight.sum()[None]}):
+        m = X @ weight
+        value = gk.ops.path_loss(m, V, noise=NOISE, noise_coef=1.0, **options)
+        (g,) = torch.autograd.grad(value, m, create_graph=True)
+        with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
+            g.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
+            torch.autograd.grad(g.square().sum(), weight)
+
+
+def test_forward_mode_over_a_gradient_of_the_loss_raises(path: str) -> None:
+    with forward_ad.dual_level():
+        m = forward_ad.make_dual(X.clone().requires_grad_(), V)
+        with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
+            torch.autograd.grad(noise_loss(m), m)
+
+
+def test_a_gradient_with_create_graph_is_the_gradient(path: str) -> None:
     m = variable(*SHAPE)
-    (g,) = torch.autograd.grad(gk.ops.path_loss(m, noise=NOISE, noise_coef=1.0), m, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    value = gk.ops.path_loss(m, noise=NOISE, noise_coef=1.0, kind="pseudo_huber")
+    plain, graph = (torch.autograd.grad(value, m, retain_graph=True, create_graph=c)[0] for c in (False, True))
+    assert torch.equal(plain, graph) and graph.requires_grad and not plain.requires_grad
 
 
 def test_out_refuses_what_requires_a_gradient(path: str) -> None:

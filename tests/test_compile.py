@@ -110,6 +110,23 @@ def test_fresh_noise_compiles_and_follows_manual_seed(kernels: None) -> None:
     assert torch.equal(first, seeded()) and not torch.equal(first, second)
 
 
+def test_fresh_noise_is_a_value_under_compile(kernels: None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor) -> Tensor:
+        noise = gk.Noise.fresh()
+        times = gk.ops.uniform((x.shape[0],), noise=noise.at(gk.noise.Purpose.TIMES))
+        return gk.ops.add_noise(x, times, 0.5, noise=noise)
+
+    traced = compiled(step, counter)
+    x = torch.randn(SHAPE)
+    torch.manual_seed(3)
+    eager = [step(x) for _ in range(2)]
+    torch.manual_seed(3)
+    assert all(torch.equal(traced(x), expected) for expected in eager)
+    assert counter.frame_count == 1
+
+
 def test_out_compiles(kernels: None) -> None:
     def step(x: Tensor, v: Tensor) -> Tensor:
         return gk.ops.euler_step(x, v, 0.5, out=torch.empty_like(x)) + 1.0

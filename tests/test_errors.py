@@ -91,6 +91,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # coefficients
     (lambda: ops.euler_step(x(), x(), NAN), ValueError, "dt: expected a finite number, got nan"),
     (lambda: ops.euler_step(x(), x(), float("inf")), ValueError, "dt: expected a finite number, got inf"),
+    (
+        lambda: ops.euler_step(x(), x(), 10**400),
+        ValueError,
+        "dt: expected a finite number, got an integer beyond float64",
+    ),
+    (lambda: ops.euler_step(x(), x(), 1e300), ValueError, "dt: expected a number that float32 can hold"),
+    (lambda: ops.euler_step(x(), x(), 10**300), ValueError, "dt: expected a number that float32 can hold"),
     (lambda: ops.euler_step(x(), x(), "1"), TypeError, "dt: expected a number, got '1' (str)"),
     (lambda: ops.euler_step(x(), x(), [0.1] * 4), TypeError, "dt: expected a number, got list"),
     (
@@ -134,6 +141,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ddim(eta=torch.tensor([3.0])), ValueError, "eta: expected sigma_s^2 - d^2 >= 0 in every sample"),
     (lambda: ddim(alpha_t=0.9, eta=0.5), ValueError, "eta: expected 0 where alpha_t > alpha_s"),
     (lambda: ddim(alpha_t=HALF + 0.4, eta=0.5), ValueError, "eta: expected 0 where alpha_t > alpha_s"),
+    (lambda: ddim(sigma_t=0.0, eta=HALF), ValueError, "eta: expected 0 where sigma_t or alpha_s is 0"),
     (lambda: ddim(sigma_t=0.0, eta=0.5), ValueError, "eta: expected 0 where sigma_t or alpha_s is 0, got 0.5"),
     (lambda: ddim(prediction="eps"), ValueError, "prediction: expected one of 'epsilon', 'v', 'sample', got 'eps'"),
     (lambda: ddim(clip=(1.0, 1.0)), ValueError, "clip: expected lo < hi, got (1.0, 1.0)"),
@@ -161,6 +169,18 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "sample_ids: expected shape (2,), one a sample, got (1,)",
     ),
     (lambda: ops.randn((2, 3), noise=gk.Noise(seed=1, sample_ids=[0.0, 1.0])), TypeError, "sample_ids: expected int64"),
+    (lambda: ops.randn((1,), noise=gk.Noise(1, sample_ids=5)), TypeError, "sample_ids: expected a sequence of"),
+    (lambda: ops.randn((1,), noise=gk.Noise(1, sample_ids=[True])), TypeError, "sample_ids: expected int64"),
+    (
+        lambda: ops.randn((2,), noise=gk.Noise(1, sample_ids=[2**63, 1])),
+        ValueError,
+        "sample_ids: expected integers that int64 can hold, got 9223372036854775808",
+    ),
+    (
+        lambda: ops.randn((2,), noise=NOISE, dtype=numpy.float32, device="cuda"),
+        ValueError,
+        "device: expected None or the CPU for a NumPy array, got cuda",
+    ),
     (
         lambda: ops.randn((), noise=NOISE),
         ValueError,
@@ -209,7 +229,18 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "h_coefs: expected 1 coefficients, one for each of h, got 2",
     ),
-    (lambda: ops.path_loss(x(), x(), h=(x(),) * 4), ValueError, "h: expected at most 3 tensors, got 4"),
+    (lambda: ops.path_loss(x(), x(), h=(x(),) * 4), ValueError, "h: expected at most 3 coefficients"),
+    (lambda: ops.path_loss(x(), x_coef=1.0), ValueError, "x_coef: expected 0 where x is not given, got another number"),
+    (lambda: ops.path_loss(x(), x_coef=HALF), ValueError, "x_coef: expected 0 where x is not given"),
+    (lambda: ops.path_loss(x(), h=x(2, 4, 3, 8)), TypeError, "h: expected a tuple or a list, got Tensor"),
+    (lambda: ops.path_loss(x(), h=(x(),), h_coefs=1.0), TypeError, "h_coefs: expected a tuple or a list, got float"),
+    (
+        lambda: ops.path_loss(x(), mask=x().double()),
+        TypeError,
+        "mask: expected bool, or at most the arithmetic's float32, got torch.float64",
+    ),
+    (lambda: ops.path_loss(x(), mask=-HALF[:, None, None]), ValueError, "mask: expected numbers >= 0"),
+    (lambda: ops.path_loss(x(), mask=x() * NAN), ValueError, "mask: expected numbers >= 0, got a negative one or NaN"),
     (lambda: ops.path_loss(x(), x(2), x_coef=1.0), ValueError, "like x, got (4, 3, 8)"),
     (lambda: ops.path_loss(x(), kind="l3"), ValueError, "kind: expected one of 'l2', 'l1', 'pseudo_huber', got 'l3'"),
     (
@@ -259,6 +290,54 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "m: expected the conditional output beside m_uncond, got None",
     ),
     (lambda: fused.apply_row(row(x=1.0)), ValueError, "x: expected x, m or a noise tensor, got None"),
+    (lambda: fused.apply_row(row(x=1.0, y=1.0), x=x()), ValueError, "pred: expected (a, b) where an output uses y"),
+    (
+        lambda: fused.apply_row(rows.Row((rows.Out(x=1.0),), clip=(-1.0, 1.0)), x=x()),
+        ValueError,
+        "pred: expected (a, b) in a row that clamps, got None",
+    ),
+    (
+        lambda: fused.apply_row(rows.Row((rows.Out(x=1.0, m=1.0),), guidance=2.0), x=x(), m=x()),
+        ValueError,
+        "m_uncond: expected a tensor beside a guidance scale, got None",
+    ),
+    (
+        lambda: fused.apply_row(rows.Row((rows.Out(x=1.0, m=1.0),), guidance=HALF), x=x(), m=x()),
+        ValueError,
+        "m_uncond: expected a tensor beside a guidance scale, got None",
+    ),
+    (
+        lambda: fused.apply_row(row(x=1.0, m=0.5), x=x()),
+        ValueError,
+        "m: expected a tensor where its coefficient is not 0, got None",
+    ),
+    (
+        lambda: fused.apply_row(rows.Row((rows.Out(y=1.0),), (1.0, HALF)), x=x()),
+        ValueError,
+        "m: expected a tensor where its coefficient is not 0, got None",
+    ),
+    (
+        lambda: fused.apply_row(row(x=HALF, m=0.5), m=x()),
+        ValueError,
+        "x: expected a tensor where its coefficient is not 0, got None",
+    ),
+    (
+        lambda: fused.apply_row(row(x=1.0, h=(0.5, 0.5)), x=x(), h=(x(),)),
+        ValueError,
+        "h: expected 2 tensors, one for each of its coefficients, got 1",
+    ),
+    (
+        lambda: fused.apply_row(row(x=1.0, h=(0.5,) * 3 + (HALF,)), x=x(), h=(x(),) * 3),
+        ValueError,
+        "h: expected at most 3 coefficients in an output, got 4",
+    ),
+    (
+        lambda: fused.apply_row(
+            rows.Row((rows.Out(x=HALF, m=HALF, h=(HALF,) * 3),) * 3), x=x(), m=x(), h=(x(), x(), x())
+        ),
+        ValueError,
+        "row: expected at most 12 coefficients as tensors, got 15",
+    ),
     (lambda: rows.host_table([row(x=HALF)]), ValueError, "rows[0]: expected host numbers and 1 outputs"),
 ]
 
@@ -276,7 +355,7 @@ def test_a_partly_overlapping_output_is_refused_and_nothing_is_written() -> None
         with pytest.raises(ValueError, match="out: expected x itself or memory apart from it, got a partial overlap"):
             gk.ops.euler_step(state, torch.zeros(10), 0.5, out=out)
         assert torch.equal(buffer, before)
-    with pytest.raises(ValueError, match=re.escape("out[1]: expected out[0] itself or memory apart")):
+    with pytest.raises(ValueError, match=re.escape("out[1]: expected memory apart from out[0], got an overlap")):
         gk.ops.add_noise(buffer[:5], 0.5, 0.5, noise=NOISE, return_noise=True, out=(buffer[10:15], buffer[10:15]))
     assert torch.equal(buffer, before)
 
@@ -295,7 +374,36 @@ def test_a_failing_call_draws_no_seed_and_writes_nothing() -> None:
         gk.ops.add_noise(x(), 0.5, -1.0, out=out)
     with pytest.raises(TypeError, match="out"):
         gk.ops.add_noise(x().half(), 0.5, 0.5, out=out)
+    with pytest.raises(RuntimeError, match="out: expected None"):
+        gk.ops.add_noise(x().requires_grad_(), 0.5, 0.5, out=out)
+    with pytest.raises(RuntimeError, match="out: expected a tensor that requires no gradient"):
+        gk.ops.add_noise(x(), 0.5, 0.5, out=x().requires_grad_())
+    many = rows.Row((rows.Out(x=HALF, m=HALF, h=(HALF,) * 3, z=1.0),) * 3)
+    with pytest.raises(ValueError, match="row: expected at most 12"):
+        fused.apply_row(many, x=x(), m=x(), h=(x(),) * 3)
     assert (out == 3.0).all() and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("zero", ["sigma_t", "alpha_s"])
+@pytest.mark.parametrize("array", [torch.zeros, numpy.zeros])
+def test_path_values_of_zero_beside_an_eta_of_zeros(zero: str, array: Callable[..., Any]) -> None:
+    state, output = (numpy.ones(SHAPE), numpy.ones(SHAPE)) if array is numpy.zeros else (x() + 1.0, x() + 1.0)
+    given = {"alpha_t": 0.6, "sigma_t": 0.8, "alpha_s": 0.8, "sigma_s": 0.6, zero: 0.0}
+    for value in (0.0, array(4, dtype=state.dtype)):  # as a number, and by sample
+        given[zero] = value
+        found = ops.ddim_step(state, output, **given, eta=array(4, dtype=state.dtype), noise=NOISE)
+        expected = given["alpha_s"] * (1.0 - given["sigma_t"]) / 0.6 + 0.6
+        assert abs(found[0, 0, 0] - (expected if isinstance(value, float) else expected[0])) < 1e-6
+
+
+@pytest.mark.parametrize("wide", ["model_output", "noise", "h[0]", "h[1]"])
+def test_without_x_any_term_of_the_loss_may_have_the_highest_precision(wide: str, path: str) -> None:
+    terms = {name: torch.randn(SHAPE).half() for name in ("model_output", "noise", "h[0]", "h[1]")}
+    terms[wide] = terms[wide].float() * 1.1
+    m, z, h, g = terms.values()
+    found = gk.ops.path_loss(m, noise=z, noise_coef=0.5, h=(h, g), h_coefs=(0.25, 2.0))
+    r = m.double() - 0.5 * z.double() - 0.25 * h.double() - 2.0 * g.double()
+    torch.testing.assert_close(found.double(), r.square().mean(), rtol=1e-6, atol=0.0)
 
 
 def test_debug_is_a_switch_and_a_context() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern as gk
+from genkern import fused
 from genkern.noise import Purpose, as_int64
 from genkern.reference import noise as reference
 
@@ -216,3 +218,49 @@ def test_a_number_outside_its_bits_is_an_error(name, bits):
             gk.Noise(**({"seed": 0} | {name: wrong}))
     with pytest.raises(TypeError, match=f"{name}: expected an integer, got 0.5"):
         gk.Noise(**({"seed": 0} | {name: 0.5}))
+
+
+def test_host_numbers_of_a_device_key_are_made_on_the_device():
+    """A copy from the host's pageable memory is refused while a CUDA graph is captured."""
+
+    class Copies(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.found += "copy" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    seed = torch.zeros(1, dtype=torch.int64, device="meta")
+    for noise in (gk.Noise(seed=seed), gk.Noise(seed=7, stream=seed)):
+        with Copies() as copies:
+            _, key = fused._key(noise, False, torch.device("meta"))
+        assert key.device.type == "meta" and key.shape == (3,) and not copies.found
+
+
+def test_a_seed_above_int64_beside_a_stream_in_a_tensor():
+    seed = 2**64 - 3
+    noise = gk.Noise(seed=seed, stream=torch.tensor([5]))
+    expected = gk.ops.randn((2, 6), noise=gk.Noise(seed=seed, stream=5), dtype=np.float32)
+    assert np.array_equal(gk.ops.randn((2, 6), noise=noise, dtype=np.float32), expected)
+
+
+def test_noise_is_equal_to_noise_of_the_same_numbers():
+    one = gk.Noise(seed=3, stream=2, sample_ids=np.arange(4))
+    assert one == gk.Noise(seed=3, stream=2, sample_ids=[0, 1, 2, 3])
+    assert one == gk.Noise(seed=3, stream=torch.tensor([2]), sample_ids=torch.arange(4))
+    assert len({one, gk.Noise(seed=3, stream=2, sample_ids=range(4))}) == 1
+    for other in (gk.Noise(seed=3, stream=2), one.of_samples([0, 1, 2, 4]), one.at(Purpose.STEP), 3):
+        assert one != other
+
+
+def test_vmap_without_a_given_noise_follows_its_randomness():
+    x = torch.zeros(3, 2, 500)
+
+    def drawn(randomness):
+        torch.manual_seed(2)
+        return torch.vmap(lambda x: gk.ops.add_noise(x, 1.0, 1.0), randomness=randomness)(x)
+
+    same, different = drawn("same"), drawn("different")
+    assert torch.equal(same[0], same[1])
+    assert (different[0] != different[1]).all() and torch.equal(different, drawn("different"))
+    assert abs(float(different.std()) - 1.0) < 4.0 / 6000**0.5

@@ -90,10 +90,14 @@ def ddim_cells(formula: int, path: Sequence[Tensor | float], use_pred: bool) -> 
         for p in path
     )
     zero, one = torch.zeros_like(alpha_t), torch.ones_like(alpha_t)
-    ratio = alpha_t / alpha_s
-    divisor = torch.where((eta == 0.0) & (sigma_t == 0.0), 1.0, sigma_t)  # without noise, sigma_t = 0 is allowed
-    d = eta * (sigma_s / divisor) * _root(1.0 - ratio * ratio)
-    e = _root(sigma_s * sigma_s - d * d)
+    # Without noise sigma_t = 0 and alpha_s = 0 are allowed; no division by them, whose derivatives are NaN.
+    ratio = alpha_t / torch.where((eta == 0.0) & (alpha_s == 0.0), 1.0, alpha_s)
+    divisor = torch.where((eta == 0.0) & (sigma_t == 0.0), 1.0, sigma_t)
+    kept = 1.0 - ratio * ratio
+    d = eta * (sigma_s / divisor) * _root(kept)
+    # The kernel's value, with the derivatives of the same number without a root of sigma_s^2: that has none at 0.
+    smooth = sigma_s * _root(1.0 - (eta / divisor) ** 2 * kept.clamp(min=0.0))
+    e = smooth + (_root(sigma_s * sigma_s - d * d) - smooth).detach()
     if formula == rows.FORMULA_DDIM["epsilon"]:
         a, b, ex, em = 1.0 / alpha_t, -sigma_t / alpha_t, zero, one
     elif formula == rows.FORMULA_DDIM["v"]:
@@ -198,6 +202,9 @@ def reduce(
     sample_ids: Tensor | None, use_pred: bool, mask: Tensor | None, kind: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch.ops.genkern.reduce in plain PyTorch; same arguments."""
+    if mask is not None:  # what lies under the mask may be NaN, and is to leave no derivative either
+        x, m, m_uncond, z = (t if t is None else torch.where(mask != 0, t, 0.0) for t in (x, m, m_uncond, z))
+        h = [torch.where(mask != 0, t, 0.0) for t in h]
     (r,) = _outputs(
         x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key, sample_ids,
         use_pred, 1, None, None, torch.float32,

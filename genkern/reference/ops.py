@@ -82,6 +82,10 @@ def path_loss(
     reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The loss of r = m_coef F - (x_coef x + noise_coef z + sum_k h_coefs[k] h_k), reduced over samples and batch."""
+    if mask is not None:  # left out: also of the coefficients' derivatives, where an element is NaN
+        model_output, h = torch.where(mask != 0, model_output, 0.0), [torch.where(mask != 0, t, 0.0) for t in h]
+        x = None if x is None else torch.where(mask != 0, x, 0.0)
+        noise = torch.where(mask != 0, noise, 0.0) if isinstance(noise, Tensor) else noise
     wide = torch.promote_types(model_output.dtype, torch.float32)
     r = _by_sample(m_coef, model_output) * model_output.to(wide)
     if x is not None:
