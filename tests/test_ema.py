@@ -139,3 +139,54 @@ def test_model_of_other_parameters_is_refused_and_nothing_changed():
         ema.load_state_dict(gk.training.EMA(nn.Linear(3, 4)).state_dict())
     after = ema.state_dict()
     assert all(torch.equal(after["parameters"][n], v) for n, v in before["parameters"].items())
+
+
+def tensors(net):
+    return [t.detach().clone() for t in (*net.parameters(), *net.buffers())]
+
+
+class Other(nn.Module):
+    """The parameters of model(), and other buffers."""
+
+    def __init__(self, last=(4,)):
+        super().__init__()
+        self.first, self.bias, self.scale, self.shift = (
+            nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (4,), (4,), last)
+        )
+        self.register_buffer("mean", torch.zeros(5))
+
+
+@pytest.mark.parametrize("last, kind", [((4,), "buffers"), ((5,), "parameters")])
+@pytest.mark.parametrize("method", ["update", "copy_to", "swap"])
+def test_another_model_is_refused_before_anything_is_written(method, last, kind):
+    ema, other = gk.training.EMA(model(), decay=0.5), Other(last)
+    held, given = tensors(ema.module), tensors(other)
+    with pytest.raises(ValueError, match=f"model: expected the {kind} of the averaged model, .*, got "):
+        found = getattr(ema, method)(other)
+        if method == "swap":
+            with found:
+                pass
+    assert all(torch.equal(a, b) for a, b in zip(tensors(ema.module), held, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(other), given, strict=True))
+
+
+def test_swap_puts_the_model_back_where_the_copy_fails(monkeypatch):
+    net = model()
+    ema = gk.training.EMA(net, decay=0.5)
+    change(net)
+    own = tensors(net)
+
+    def fails(other):
+        with torch.no_grad():
+            other[0].weight.zero_()
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(ema, "copy_to", fails)
+    with pytest.raises(RuntimeError, match="half way"), ema.swap(net):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(tensors(net), own, strict=True))
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(TypeError, match="model: expected a torch module, got dict"):
+        gk.training.EMA(model()).update({})

@@ -155,6 +155,16 @@ def test_bad_betas_are_refused(betas):
         paths.alphas_cumprod_of(betas)
 
 
+@pytest.mark.parametrize("given", ["abc", ["a", "b"], [[0.1], [0.1, 0.2]], {"a": 1}])
+def test_a_schedule_that_holds_no_numbers_is_named(given):
+    functions = (paths.DiscreteVP, paths.rescale_zero_snr, lambda abar: paths.shift_noise_level(abar, 2.0))
+    for function in functions:
+        with pytest.raises(TypeError, match="alphas_cumprod: expected a sequence of numbers, got"):
+            function(given)
+    with pytest.raises(TypeError, match="betas: expected a sequence of numbers, got"):
+        paths.alphas_cumprod_of(given)
+
+
 def test_bad_arguments_of_paths_are_refused():
     with pytest.raises(ValueError, match="schedule: expected one of"):
         paths.betas("quadratic", 10)
@@ -180,6 +190,62 @@ def test_time_outside_the_path_is_refused():
         PATHS["discrete"][0].convert(x, x, 1000, "epsilon", "v")
     with pytest.raises(ValueError, match="t: expected an integer"):
         PATHS["discrete"][0].convert(x, x, 2.5, "epsilon", "v")
+
+
+OUTSIDE = {
+    "cond_ot": (2.0, -0.1, math.nan, math.inf),
+    "ve": (-1.0, 81.0, math.nan),
+    "discrete": (-5, 1000, 999.5, math.nan, -0.5),
+    "linear_vp": (1.5, -0.5, math.nan),
+    "cosine_vp": (1.5, -0.5, math.nan),
+}
+OF = PATHS | {"linear_vp": (paths.LinearVP(), 0.3), "cosine_vp": (paths.CosineVP(), 0.3)}
+
+
+@pytest.mark.parametrize("name, t", [(name, t) for name, times in OUTSIDE.items() for t in times])
+def test_scales_and_slopes_outside_the_path_are_refused(name, t):
+    path = OF[name][0]
+    kinds = [t, np.float64(t), np.array([0.0, t])]
+    if name != "discrete" or isinstance(t, int):  # a tensor of timesteps is of integers
+        kinds.append(torch.tensor([0, t]))
+    functions = [path.alpha, path.sigma, path.snr]
+    functions += [] if name == "discrete" else [path.d_alpha, path.d_sigma]
+    for time, function in itertools.product(kinds, functions):
+        with pytest.raises(ValueError, match="t: expected a"):
+            function(time)
+
+
+def test_timesteps_of_a_tensor_are_integers():
+    with pytest.raises(TypeError, match="t: expected a tensor of int64, got torch.float32"):
+        PATHS["discrete"][0].alpha(torch.tensor([0.5]))
+
+
+def test_times_of_a_batch_outside_the_path_are_not_converted():
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="t: expected a number from 0 to 1, got 2 to 3"):
+        paths.CondOT().convert(x, x, torch.tensor([2.0, 3.0]), "velocity", "epsilon")
+    with pytest.raises(ValueError, match="t: expected a number from 0 to 999, got -1 to 4"):
+        PATHS["discrete"][0].convert(x, x, torch.tensor([4, -1]), "v", "epsilon")
+
+
+@pytest.mark.parametrize("source, target", [*itertools.permutations(["epsilon", "sample", "v", "score"], 2)])
+def test_conversion_at_timesteps_of_a_batch_has_the_precision_of_the_state(source, target):
+    path, t = PATHS["discrete"][0], torch.tensor([0, 400, 999])
+    m, x = torch.randn(2, 3, 5, dtype=F64)
+    together = path.convert(m, x, t, source, target)
+    for k in range(3):  # a host number is converted in float64
+        one = path.convert(m[k : k + 1], x[k : k + 1], int(t[k]), source, target)
+        torch.testing.assert_close(together[k : k + 1], one, rtol=1e-12, atol=1e-12)
+    half = path.convert(m.float(), x.float(), t, source, target)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("schedule, fewest", [("linear", 21), ("scaled_linear", 13), ("sigmoid", 21)])
+def test_too_few_timesteps_for_the_default_betas_are_named(schedule, fewest):
+    with pytest.raises(ValueError, match=f"timesteps: expected at least {fewest} with the default .* got 10"):
+        paths.betas(schedule, 10)
+    assert paths.betas(schedule, fewest)[-1] < 1.0
+    assert paths.betas(schedule, 10, 0.1, 0.5)[-1] == pytest.approx(0.5, rel=0.01)
 
 
 def test_prediction_that_does_not_determine_the_data_is_refused():

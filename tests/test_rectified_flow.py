@@ -142,3 +142,15 @@ def test_contradicting_arguments_are_refused():
         flow.pairs(lambda x, t: x, SHAPE, return_trajectory=True)
     with pytest.raises(ValueError, match="shape: expected the state's shape, or x0"):
         flow.pairs(lambda x, t: x)
+
+
+@pytest.mark.parametrize("shape, options, words", [
+    ((2, -1), {}, "shape: expected 1 to 16 sizes"),
+    ((2, 3), {"device": "abacus"}, "device: expected a device that torch has here"),
+    ((2, 3), {"seed": 1, "noise": Noise(1)}, "at most one of seed, noise and generator"),
+])  # fmt: skip
+def test_pairs_that_are_refused_draw_nothing(shape, options, words):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=words):
+        gk.RectifiedFlow().pairs(lambda x, t: x, shape, steps=2, **options)
+    assert torch.equal(torch.get_rng_state(), state)

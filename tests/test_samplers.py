@@ -11,7 +11,7 @@ from conftest import NO_CUDA, cuda_works
 from torch import nn
 
 import genkern as gk
-from genkern import grids
+from genkern import grids, samplers
 from genkern.noise import Noise, Purpose
 
 SHAPE = (5, 3, 4)
@@ -41,12 +41,15 @@ class Recorder:
 
 def runs():
     """sample() of every family, under one signature."""
-    consistency = gk.Consistency()
+    consistency, third = gk.Consistency(), samplers.DPMSolver(3, lower_order_final=False)
     return {
         "ddim": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, eta=0.7, **o),
         "ddpm": lambda model, **o: gk.Diffusion(prediction="v").sample(model, SHAPE, steps=4, sampler="ddpm", **o),
         "flow": lambda model, **o: gk.FlowMatching().sample(model, SHAPE, steps=4, **o),
         "rectified": lambda model, **o: gk.RectifiedFlow().sample(model, SHAPE, steps=4, sampler="heun", **o),
+        "dpmpp_3m": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, sampler=third, **o),
+        "sde": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, sampler="dpmpp_2m_sde", **o),
+        "unipc": lambda model, **o: gk.Diffusion(prediction="v").sample(model, SHAPE, steps=4, sampler="unipc", **o),
         "consistency": lambda model, **o: consistency.sample(model, SHAPE, steps=4, **o),
         "ode": lambda model, **o: consistency.sample_ode(model, SHAPE, steps=4, **o),
     }
@@ -334,7 +337,11 @@ def test_model_that_returns_something_else_is_named(family, broken, error, words
         ({"noise": 3}, TypeError, "noise: expected a Noise or a tensor, got int"),
         ({"noise": torch.zeros(5, 3)}, ValueError, r"initial state: expected shape \(5, 3, 4\), got \(5, 3\)"),
         ({"noise": torch.zeros(SHAPE, dtype=torch.int64)}, TypeError, "initial state: expected a tensor of float32"),
-        ({"noise": Noise(1, sample_ids=[1, 2])}, ValueError, "expected 5 integer sample_ids"),
+        ({"noise": Noise(1, sample_ids=[1, 2])}, ValueError, r"sample_ids: expected shape \(5,\), one a sample"),
+        ({"noise": Noise(1, sample_ids=5)}, TypeError, "sample_ids: expected a sequence of integers"),
+        ({"noise": Noise(1, sample_ids=[True] * 5)}, TypeError, "sample_ids: expected int64"),
+        ({"noise": Noise(1, sample_ids=torch.ones(5))}, TypeError, "sample_ids: expected int64, got torch.float32"),
+        ({"noise": Noise(1, sample_ids=[1 << 63] * 5)}, ValueError, "sample_ids: expected integers that int64"),
         ({"step_noise": torch.zeros(4, 5, 3)}, ValueError, r"step_noise: expected shape \(4, 5, 3, 4\)"),
         ({"step_noise": 1}, TypeError, "step_noise: expected a tensor or a callable, got int"),
         ({"dtype": torch.bfloat16}, ValueError, "dtype: expected torch.float32 or torch.float64 for the state"),
@@ -361,6 +368,57 @@ def test_bad_option_is_named(family, options, error, words):
     with pytest.raises(error, match=words):
         runs()[family](lambda x, t, **c: called.append(1) or x, **options)
     assert not called
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"scale": 3.0}, TypeError, "unexpected keyword argument 'scale'"),
+        ({"time_dtype": torch.float64}, TypeError, "unexpected keyword argument 'time_dtype'"),
+        ({"start": torch.zeros(SHAPE)}, TypeError, "unexpected keyword argument 'start'"),
+        ({"sed": 3}, TypeError, "unexpected keyword argument 'sed'"),
+        ({"callback": 5}, TypeError, "callback: expected a callable, got int"),
+        ({"generator": 5}, TypeError, "generator: expected a torch.Generator, got int"),
+        ({"cond": 5}, TypeError, "cond: expected a mapping"),
+        ({"model_dtype": "float32"}, TypeError, "model_dtype: expected float32, .*, got 'float32'"),
+        ({"dtype": torch.int32}, ValueError, "dtype: expected torch.float32 or torch.float64"),
+        ({"device": "abacus"}, ValueError, "device: expected a device that torch has here, got 'abacus'"),
+        ({"device": "cuda:99"}, ValueError, "device: expected a device that torch has here, got 'cuda:99'"),
+    ],
+)
+def test_an_option_that_is_refused_draws_nothing(family, options, error, words):
+    called, state = [], torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        runs()[family](lambda x, t, **c: called.append(1) or x, **options)
+    assert not called
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["ddim", "ddpm", "consistency"])
+def test_a_clip_that_is_refused_draws_nothing(family):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="clip: expected lo < hi"):
+        runs()[family](rotating, clip=(1, -1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["flow", "rectified", "ode"])
+def test_methods_without_predicted_data_have_no_clip(family):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'clip'"):
+        runs()[family](rotating, clip=0.01)
+
+
+def test_clip_is_refused_where_the_sampler_predicts_no_data():
+    with pytest.raises(ValueError, match="clip: expected None with a sampler that predicts no data, got 0.5"):
+        gk.Diffusion("cosine_log_snr").sample(rotating, SHAPE, steps=3, sampler=samplers.Euler(), clip=0.5)
+
+
+@pytest.mark.parametrize("sampler", [None, 5, samplers.Euler])
+def test_what_is_no_sampler_is_named(sampler):
+    for sample in (gk.Diffusion().sample, gk.FlowMatching().sample, gk.Consistency().sample_ode):
+        with pytest.raises(TypeError, match="sampler: expected a name or a Sampler, got"):
+            sample(rotating, SHAPE, steps=3, sampler=sampler)
 
 
 @pytest.mark.parametrize("shape", [(), (2, -1)])

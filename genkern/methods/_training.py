@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import check, ops
 from ..noise import Noise, Purpose
 from ..samplers import network
-from ..samplers.loop import resolve_noise
+from ..samplers.loop import check_source
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 
@@ -41,7 +41,10 @@ class LossOptions(TypedDict, total=False):
 
 
 class Batch:
-    """A training batch: data, where its random numbers come from, and the call of a network on it."""
+    """A training batch: data, where its random numbers come from, and the call of a network on it.
+
+    Everything that the caller gave is checked before a seed is drawn, at the first use of a random number.
+    """
 
     def __init__(self, model: Any, x: Tensor, options: Mapping[str, Any]) -> None:
         unknown = options.keys() - LossOptions.__annotations__.keys()
@@ -50,20 +53,25 @@ class Batch:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
         check.terms([("x", x)])
-        given = options.get("noise")
-        self.z: Noise | Tensor
+        given, self._generator = options.get("noise"), options.get("generator")
+        self._noise: Noise | Tensor | None = given
+        self._source = given if isinstance(given, Noise) else None
         if isinstance(given, Tensor):
             check.terms([("x", x), ("noise", given)])
-            self.source, self.z = resolve_noise(None, None, options.get("generator")), given
-        elif given is None or isinstance(given, Noise):
-            self.source = resolve_noise(None, given, options.get("generator"))
-            self.z = self.source.at(Purpose.TRAINING)
-        else:
+        elif given is not None and self._source is None:
             raise TypeError(f"noise: expected a Noise or a tensor, got {type(given).__name__}")
+        check_source(None, self._source, self._generator)
         self.model, self.size, self.device = model, x.shape[0], x.device
         self.cond = network.conditions("cond", options.get("cond"), self.size)
         dtype = options.get("model_dtype")
-        self.model_dtype = network.dtype_of(model, x.dtype) if dtype is None else dtype
+        self.model_dtype = network.dtype_of(model, x.dtype) if dtype is None else network.checked_dtype(dtype)
+        check.choice("kind", options.get("kind", "l2"), ops.LOSSES)
+        check.choice("reduction", options.get("reduction", "mean"), ops.REDUCTIONS)
+        mask, weight = options.get("mask"), options.get("weight")
+        if mask is not None:
+            check.mask(mask, x)
+        if weight is not None and not callable(weight):
+            check.coefficient("weight", weight, x)
         # Terms of a row have at most the state's precision, and the network's output is one of them.
         wide = self.model_dtype.itemsize > x.dtype.itemsize
         self.x = x.to(self.model_dtype) if wide else x
@@ -74,8 +82,20 @@ class Batch:
         """Of tables and times: float64 for float64 data, else float32."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
+    @property
+    def source(self) -> Noise:
+        """The Noise of the times, and of z where that is not given; drawn when first asked for."""
+        if self._source is None:
+            self._source = Noise.fresh(self._generator)
+        return self._source
+
+    @property
+    def z(self) -> Noise | Tensor:
+        """The noise of the data: given, or named."""
+        return self._noise if isinstance(self._noise, Tensor) else self.source.at(Purpose.TRAINING)
+
     def uniform(self) -> Tensor:
-        """One number in (0, 1] a sample, [B]."""
+        """One number in (0, 1) a sample, [B]."""
         noise = self.source.at(Purpose.TIMES)
         return ops.uniform((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
 
@@ -85,7 +105,7 @@ class Batch:
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
-        return (self.uniform() * count).long().clamp_(max=count - 1)  # a uniform may be rounded to 1
+        return (self.uniform() * count).long().clamp_(max=count - 1)  # the product may be rounded to count
 
     def given_index(self, name: str, value: Any, count: int) -> Tensor:
         """Integers of 0 .. count-1 given by the caller, as int64 [B]."""
@@ -110,7 +130,11 @@ class Batch:
         """ops.path_loss under the caller's options."""
         options = self._options
         weight = options.get("weight")
+        if callable(weight):
+            weight = weight(times)
+            if weight is None:
+                raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
         return ops.path_loss(
-            m, x, **target, weight=weight(times) if callable(weight) else weight, mask=options.get("mask"),
+            m, x, **target, weight=weight, mask=options.get("mask"),
             kind=options.get("kind", "l2"), reduction=options.get("reduction", "mean"),
         )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import check, grids, ops
 from ..fused import apply_row
+from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, loop, network
 from ..samplers.table import Sampler
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
     from ._training import LossOptions
 
 SOLVERS = ("heun", "euler")
+# Of the rows of a distillation step (Consistency._columns).
+COEFFICIENTS = (
+    "lower", "upper", "noise_lower", "noise_upper", "in_upper", "in_upper_z",
+    "euler_x", "euler_m", "in_euler_x", "in_euler_m", "heun_x", "heun_m", "in_heun_h", "in_heun_x", "in_heun_m",
+    "minus_skip_upper", "out_upper", "skip_lower", "out_lower",
+)  # fmt: skip
 
 
 class Consistency:
@@ -109,9 +116,10 @@ class Consistency:
 
         Source: Karras et al., arXiv:2206.00364, eq. (8) and table 1.
         """
+        mean, std = check.number("mean", mean), check.number("std", std, 0.0)
         batch, sd = Batch(teacher, x, options), self.teacher.sigma_data
         if sigma is None:
-            sigma = (batch.normal() * check.number("std", std, 0.0) + check.number("mean", mean)).exp()
+            sigma = (batch.normal() * std + mean).exp()
         else:
             sigma = batch.given_time("sigma", sigma, self.sigma_min, np.inf)
         c_in = self.teacher.c_in(sigma)
@@ -204,7 +212,7 @@ class Consistency:
         else:
             grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
         stages = Multistep(self.sigma_min).stages(self.function, grid)
-        return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **options)
+        return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **loop.known(options))
 
     def sample_ode(
         self,
@@ -246,7 +254,7 @@ class Consistency:
                 upper = self.times(steps)[::-1] if steps > 1 else np.array([self.sigma_max])
                 grid = np.append(upper, 0.0)
         stages = sampler_named(sampler).stages(self.teacher, grid)
-        return loop.run(teacher, stages, shape, scale=float(grid[0]), **options)
+        return loop.run(teacher, stages, shape, scale=float(grid[0]), **loop.known(options))
 
     def _given(self, steps: int | None, times: Any) -> np.ndarray:
         if steps is not None:
@@ -275,12 +283,19 @@ class Consistency:
 
     def _coefficients(self, n: int, device: torch.device, dtype: torch.dtype, index: Tensor) -> dict[str, Tensor]:
         """The rows' coefficients at (t_n, t_{n+1}) by index, each [B], from a table kept on the device."""
-        key = (n, device, dtype)
-        if key not in self._tables:
+        table = self._table(n, device, dtype)
+        return dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
+
+    @constant
+    def _table(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """_columns in the order of COEFFICIENTS, [., N-1]."""
+
+        def make() -> Tensor:
             columns = self._columns(self.times(n))
-            self._tables[key] = (tuple(columns), torch.tensor(np.stack(list(columns.values())), dtype=dtype).to(device))
-        names, table = self._tables[key]
-        return dict(zip(names, table.index_select(1, index).unbind(0), strict=True))
+            return torch.tensor(np.stack([columns[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
+
+        table: Tensor = kept(self._tables, (n, device, dtype), make)
+        return table
 
     def _columns(self, times: np.ndarray) -> dict[str, np.ndarray]:
         """In float64, [N-1] each; t and s the lower and upper times, in_* scaled by c_in of the next network call."""

@@ -22,7 +22,16 @@ DIRECTIONS = ("forward", "backward")
 
 def sampler_named(sampler: str | Sampler) -> Sampler:
     """An ODE sampler by its name, or as given."""
-    return sampler if not isinstance(sampler, str) else SAMPLERS[check.choice("sampler", sampler, tuple(SAMPLERS))]()
+    if isinstance(sampler, str):
+        return SAMPLERS[check.choice("sampler", sampler, tuple(SAMPLERS))]()
+    return given_sampler(sampler)
+
+
+def given_sampler(sampler: Any) -> Sampler:
+    """A Sampler. TypeError: anything else."""
+    if not callable(getattr(sampler, "stages", None)) or isinstance(sampler, type):
+        raise TypeError(f"sampler: expected a name or a Sampler, got {sampler!r}")
+    return sampler
 
 
 class Flow:
@@ -89,4 +98,4 @@ class Flow:
                 order = "increasing" if forward else "decreasing"
                 raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
         stages = sampler_named(sampler).stages(OnPath(self.path, "velocity"), grid)
-        return loop.run(model, stages, shape, start=start, **options)
+        return loop.run(model, stages, shape, start=start, **loop.known(options))

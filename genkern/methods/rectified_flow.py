@@ -108,9 +108,10 @@ class RectifiedFlow(Flow):
         if x0 is None:
             if shape is None:
                 raise ValueError("shape: expected the state's shape, or x0, got None")
+            size, device = check.shape(shape), options.get("device")
+            device = network.device_of(model) if device is None else network.checked_device(device)
+            dtype = options.get("dtype", torch.float32)
             source = loop.resolve_noise(options.pop("seed", None), noise, options.pop("generator", None))  # type: ignore[arg-type]
             options["noise"] = source
-            device = options.get("device") or network.device_of(model)
-            dtype = options.get("dtype", torch.float32)
-            x0 = ops.randn(check.shape(shape), noise=source.at(Purpose.INITIAL), device=device, dtype=dtype)
+            x0 = ops.randn(size, noise=source.at(Purpose.INITIAL), device=device, dtype=dtype)
         return x0, self.sample(model, shape, x0=x0, steps=steps, sampler=sampler, **options)

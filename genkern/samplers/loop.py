@@ -4,6 +4,7 @@
     x'     = c_y y + c_x x + c_m m + c_h h + c_z z      the stage's row
     input  = c_in' x'                                   the next call's input, in the network's dtype: the same pass
 
+What later stages read as h, such as y of a multistep method, the same pass writes into the loop's memory.
 x is kept in float32 whatever the network computes in, in two buffers that the loop alternates between; nothing in it
 waits for the device. z of step k is noise.at(Purpose.STEP, k), the initial state's is noise.at(Purpose.INITIAL), and
 sample b keeps its id in any split of the batch, so it is given the same noise.
@@ -19,12 +20,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import check, functions
-from ..fused import apply_row, prepared
+from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from ..spec import FIRST_H, M_UNCOND, M, X, Z, numbers
 from . import network
+from .passes import Buffers, Update
 from .table import Stage
 
 Callback = Callable[[int, float, Tensor], object]
@@ -64,6 +64,14 @@ class Options(TypedDict, total=False):
     return_trajectory: bool
     batch_size: int | None
     differentiable: bool
+
+
+def known(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options that a caller of sample() gave. TypeError: one that Options does not have."""
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"sample() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +159,13 @@ def run(
     size = _shape(shape, start)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float32 or torch.float64 for the state, got {dtype}")
-    model_dtype = network.dtype_of(model, dtype) if model_dtype is None else model_dtype
-    if not isinstance(model_dtype, torch.dtype) or not check.is_float(model_dtype):
-        raise TypeError(f"model_dtype: expected {check.FLOATS}, got {model_dtype}")
+    model_dtype = network.dtype_of(model, dtype) if model_dtype is None else network.checked_dtype(model_dtype)
     if time_dtype is None:
         time_dtype = torch.float64 if model_dtype == torch.float64 else torch.float32
-    where = (
-        torch.device(device) if device is not None else start.device if start is not None else network.device_of(model)
-    )
+    if device is not None:
+        where = network.checked_device(device)
+    else:
+        where = start.device if start is not None else network.device_of(model)
     if start is not None:
         start = start.to(where, dtype)
     if isinstance(step_noise, Tensor):
@@ -167,26 +174,28 @@ def run(
             raise ValueError(f"step_noise: expected shape {wanted}, [steps, ...], got {tuple(step_noise.shape)}")
     elif step_noise is not None and not callable(step_noise):
         raise TypeError(f"step_noise: expected a tensor or a callable, got {type(step_noise).__name__}")
-    known = network.conditions("cond", cond, size[0])
-    unknown = None
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+    limits = check.clip_range(clip)
+    if limits is not None and all(stage.pred is None for stage in stages):
+        raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
+    given = network.conditions("cond", cond, size[0])
+    null = None
     if guidance_scale is not None:
         if uncond is None:
             raise ValueError("uncond: expected the unconditional conditions beside guidance_scale, got None")
-        unknown = network.conditions("uncond", uncond, size[0])
-        network.doubled(unknown, known)
+        null = network.conditions("uncond", uncond, size[0])
+        network.doubled(null, given)
         guidance_scale = check.coefficient("guidance_scale", guidance_scale, torch.empty(size[:1], device=where))
     elif uncond is not None:
         raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
-    source = resolve_noise(seed, noise, generator)
-    if source.sample_ids is not None:
-        ids = torch.as_tensor(source.sample_ids)
-        if ids.shape != size[:1] or ids.dtype.is_floating_point or ids.dtype.is_complex:
-            raise ValueError(f"noise: expected {size[0]} integer sample_ids, got {ids.dtype} of {tuple(ids.shape)}")
-        source = source.of_samples(ids.to(where, torch.int64))
+    if noise is not None and noise.sample_ids is not None:
+        noise = noise.of_samples(check.sample_ids(noise.sample_ids, size[0], False, where))
+    source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
-        model, stages, size, start, scale, time_dtype, check.clip_range(clip), source, step_noise, known, unknown,
-        guidance_scale, where, dtype, model_dtype, callback, return_trajectory, differentiable,
+        model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, null, guidance_scale,
+        where, dtype, model_dtype, callback, return_trajectory, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
@@ -205,12 +214,19 @@ def run(
 
 def resolve_noise(seed: int | None, noise: Noise | None, generator: torch.Generator | None) -> Noise:
     """The Noise that at most one of seed, noise and generator names."""
-    given = [name for name, v in (("seed", seed), ("noise", noise), ("generator", generator)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"{given[0]}: expected at most one of seed, noise and generator, got {' and '.join(given)}")
+    check_source(seed, noise, generator)
     if noise is not None:
         return noise
     return Noise.fresh(generator) if seed is None else Noise(seed)
+
+
+def check_source(seed: int | None, noise: Noise | None, generator: torch.Generator | None) -> None:
+    """At most one of them. ValueError: more. TypeError: a generator that is none."""
+    given = [name for name, v in (("seed", seed), ("noise", noise), ("generator", generator)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]}: expected at most one of seed, noise and generator, got {' and '.join(given)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
 
 def _walk(task: Run, low: int, high: int, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
@@ -228,8 +244,8 @@ def _walk(task: Run, low: int, high: int, tick: Callable[[], object]) -> tuple[T
     calls = n if task.uncond is None else 2 * n
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
     instants = times[:, None].expand(-1, calls).contiguous().unbind()
-    buffers = _Buffers(task, n)
-    updates = [_Update(task, buffers, i, noise, guidance) for i in range(last + 1)]
+    buffers = Buffers(task, n)
+    updates = [Update(task, buffers, i, noise, guidance) for i in range(last + 1)]
 
     x, seen = _begin(task, buffers, noise, low, high)
     kept = [x.clone()] if task.return_trajectory else []
@@ -249,7 +265,7 @@ def _walk(task: Run, low: int, high: int, tick: Callable[[], object]) -> tuple[T
     return x, kept
 
 
-def _begin(task: Run, buffers: _Buffers, noise: Noise, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _begin(task: Run, buffers: Buffers, noise: Noise, low: int, high: int) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
     following = task.stages[0].input_scale
     if task.start is None:
@@ -266,94 +282,6 @@ def _given_noise(task: Run, step: int, low: int, high: int) -> Tensor:
         got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"step_noise: expected shape {task.shape} of step {step}, got {got}")
     return z[low:high].to(task.device, task.dtype)
-
-
-class _Update:
-    """The pass after one network call. Into the loop's own buffers it is laid out before the loop: a step then fills in
-    its tensors and calls the kernel, and allocates and checks nothing but what the network and the caller hand over."""
-
-    def __init__(self, task: Run, buffers: _Buffers, i: int, noise: Noise, guidance: Any) -> None:
-        stage = task.stages[i]
-        following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
-        clip = task.clip if stage.pred is not None else None
-        self._row = Row(buffers.outputs(stage.out, following), pred=stage.pred, clip=clip, guidance=guidance)
-        self._buffers, self._i, self._uses_h = buffers, i, bool(stage.out.h)
-        drawn = task.step_noise is None and stage.out.z != 0.0
-        self._noise = noise.at(Purpose.STEP, stage.step) if drawn else None
-        self._text: str | None = None
-        if buffers.reused:
-            self._outs, self._result = buffers.written(i, len(self._row.outs))
-            dtypes = [out.dtype for out in self._outs]
-            self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], len(stage.out.h), dtypes)
-            if functions.direct(task.device):
-                self._text = numbers(self._spec)
-
-    def __call__(
-        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The new state and the next network input."""
-        if not self._buffers.reused:
-            h = (before,) if self._uses_h else ()
-            noise = self._noise if z is None else z
-            return self._buffers.apply(self._row, self._i, x=x, m=m, m_uncond=m_uncond, h=h, noise=noise)
-        for out in self._outs:
-            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z)))
-        tensors = self._tensors.copy()
-        tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
-        if self._uses_h:
-            tensors[FIRST_H] = before
-        if self._text is None:
-            functions.map_rows_out(self._spec, self._outs, *tensors)
-        else:
-            functions.run_numbers(self._text, self._outs, tensors)
-        return self._result
-
-
-class _Buffers:
-    """Where the states and the network's inputs are written: by turns into two of each, so that no pass writes what
-    it, or a view that the network returned, reads. A row with h writes over h, the state before last: element by
-    element, which is safe. Under differentiation every pass writes anew."""
-
-    def __init__(self, task: Run, n: int) -> None:
-        self.shape = (n, *task.shape[1:])
-        self._halves = 2 if task.uncond is not None else 1
-        self._separate, self.reused = task.separate, not task.differentiable
-        self._dtype, self._model_dtype = task.dtype, task.model_dtype
-        if self.reused:
-            like = (
-                torch.empty(self.shape, dtype=task.dtype, device=task.device) if task.start is None else task.start[:n]
-            )
-            self._states = [torch.empty_like(like), torch.empty_like(like)]
-            if self._separate:
-                size = (self._halves * n, *self.shape[1:])
-                self._inputs = [torch.empty(size, dtype=task.model_dtype, device=task.device) for _ in range(2)]
-                self._halved = [seen.chunk(self._halves) for seen in self._inputs]
-
-    def outputs(self, out: Out, following: float | None) -> tuple[Out, ...]:
-        """The state's row, and the next input's: the same, scaled; twice under guidance where it fills a buffer."""
-        if following is None or not self._separate:
-            return (out,)
-        c = following
-        scaled = Out(y=c * out.y, x=c * out.x, m=c * out.m, h=tuple(c * k for k in out.h), z=c * out.z)
-        return (out, *[scaled] * (self._halves if self.reused else 1))
-
-    def apply(self, row: Row, stage: int, **terms: Any) -> tuple[Tensor, Tensor]:
-        """The new state and the next network input."""
-        dtypes = (self._dtype, *[self._model_dtype] * (len(row.outs) - 1))
-        if self.reused:
-            outs, found = self.written(stage, len(row.outs))
-            apply_row(row, dtypes=dtypes, out=outs, **terms)
-            return found
-        x, *inputs = apply_row(row, dtypes=dtypes, **terms)
-        seen = inputs[0] if inputs else x
-        return x, torch.cat([seen, seen]) if inputs and self._halves == 2 else seen
-
-    def written(self, stage: int, n_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-        """The outputs of a stage's pass, and, of the same memory, the new state and the next network input."""
-        x = self._states[stage % 2]
-        if n_out == 1:
-            return (x,), (x, x)
-        return (x, *self._halved[stage % 2]), (x, self._inputs[stage % 2])
 
 
 @contextlib.contextmanager

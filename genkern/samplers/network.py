@@ -43,6 +43,13 @@ def dtype_of(model: Any, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """A dtype that a network may compute in. TypeError: another."""
+    if not isinstance(dtype, torch.dtype) or not check.is_float(dtype):
+        raise TypeError(f"model_dtype: expected {check.FLOATS}, got {dtype!r}")
+    return dtype
+
+
 def device_of(model: Any) -> torch.device:
     """The device of the model's first parameter, else torch's default device."""
     if isinstance(model, torch.nn.Module):
@@ -50,6 +57,14 @@ def device_of(model: Any) -> torch.device:
         if parameter is not None:
             return parameter.device
     return torch.get_default_device()
+
+
+def checked_device(device: Any) -> torch.device:
+    """A device that is here. ValueError: another, or none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch raises any of them
+        raise ValueError(f"device: expected a device that torch has here, got {device!r}") from error
 
 
 def conditions(name: str, cond: Mapping[str, Any] | None, batch: int) -> dict[str, Any]:

@@ -44,10 +44,10 @@ class Parameterization(Protocol):
 
 
 class OnPath:
-    """A network that predicts `prediction` on `path`, given x and t as they are."""
+    """A network that predicts `prediction` on `path`, given x and t as they are, or the nearest integer to t."""
 
-    def __init__(self, path: Path, prediction: str) -> None:
-        self.path, self.prediction = path, prediction
+    def __init__(self, path: Path, prediction: str, round_times: bool = False) -> None:
+        self.path, self.prediction, self.round_times = path, prediction, round_times
 
     def data(self, t: float) -> Linear:
         return self.path.data(self.prediction, t)
@@ -66,7 +66,7 @@ class OnPath:
         return 1.0
 
     def model_time(self, t: float) -> float:
-        return t
+        return float(round(t)) if self.round_times else t
 
 
 class Preconditioned:

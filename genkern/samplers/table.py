@@ -19,10 +19,14 @@ class Stage:
     Attributes:
         model_time: what the network is told.
         input_scale: what its input is scaled by (c_in).
-        out: the new state. h[0] is the state that the stage before started from.
+        out: the new state. h are the tensors that `reads` names; without any, h[0] is the state that the stage before
+            started from.
         pred: y = a x + b m, where `out` uses y.
         step: the step that this stage is of; z is that step's noise.
         time: the new state's time where the stage ends its step, else None.
+        reads: the slots of the loop's memory that the row's h are read from.
+        keeps: (slot, row): what the same pass writes into the loop's memory, for later stages to read; a slot may be
+            read and written at once.
     """
 
     model_time: float
@@ -31,6 +35,8 @@ class Stage:
     pred: Linear | None
     step: int
     time: float | None
+    reads: tuple[int, ...] = ()
+    keeps: tuple[tuple[int, Out], ...] = ()
 
 
 class Sampler(Protocol):
@@ -43,7 +49,8 @@ class Sampler(Protocol):
 
 
 def stage(
-    network: Parameterization, t: float, out: Out, *, pred: Linear | None = None, step: int, time: float | None
-) -> Stage:
+    network: Parameterization, t: float, out: Out, *, pred: Linear | None = None, step: int, time: float | None,
+    reads: tuple[int, ...] = (), keeps: tuple[tuple[int, Out], ...] = (),
+) -> Stage:  # fmt: skip
     """The stage whose network call is at t."""
-    return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time)
+    return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time, reads, keeps)

@@ -29,7 +29,8 @@ class EMA:
             model, or the target of Consistency.loss.
 
     Raises:
-        ValueError: decay outside its range; update with a model of other parameters.
+        ValueError: decay outside its range; a model of other parameters or buffers given to a method. Then nothing is
+            changed.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -52,9 +53,8 @@ class EMA:
             decay: of this update alone.
         """
         decay = self.decay if decay is None else _decay(decay)
+        self._check(model)
         new = [p.detach() for p in model.parameters()]
-        if [p.shape for p in new] != [p.shape for p in self._held]:
-            raise ValueError("model: expected the parameters of the averaged model, got others")
         mine = self._average
         if mine:
             toward = [p.to(a.device, a.dtype) for p, a in zip(new, mine, strict=True)]
@@ -66,6 +66,7 @@ class EMA:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Write the average into a model's parameters, and its buffers."""
+        self._check(model)
         for parameter, average in zip(model.parameters(), self._average, strict=True):
             parameter.copy_(average)
         for buffer, current in zip(model.buffers(), self.module.buffers(), strict=True):
@@ -74,11 +75,12 @@ class EMA:
     @contextlib.contextmanager
     def swap(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model holds the average inside this context, and its own parameters again after it."""
+        self._check(model)
         with torch.no_grad():
             tensors = [*model.parameters(), *model.buffers()]
             before = [t.detach().clone() for t in tensors]
-        self.copy_to(model)
         try:
+            self.copy_to(model)
             yield model
         finally:
             with torch.no_grad():
@@ -112,6 +114,15 @@ class EMA:
             for name, tensor in tensors.items():
                 tensor.copy_(state[kind][name])
         self._write()
+
+    def _check(self, model: nn.Module) -> None:
+        """The model has the averaged one's parameters and buffers, by their shapes."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+        for kind in ("parameters", "buffers"):
+            mine, given = ([tuple(t.shape) for t in getattr(m, kind)()] for m in (self.module, model))
+            if mine != given:
+                raise ValueError(f"model: expected the {kind} of the averaged model, {mine}, got {given}")
 
     def _write(self) -> None:
         """Round the average into the module where it is kept apart."""

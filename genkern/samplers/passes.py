@@ -1,0 +1,138 @@
+"""The passes of the loop: each stage's row laid out over the loop's own buffers before the loop runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import check, functions
+from ..fused import apply_row, prepared
+from ..noise import Noise, Purpose
+from ..rows import MAX_OUTS, Out, Row
+from ..spec import FIRST_H, M_UNCOND, M, X, Z, numbers
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class Update:
+    """The pass after one network call. Into the loop's own buffers it is laid out before the loop: a step then fills in
+    its tensors and calls the kernel, and allocates and checks nothing but what the network and the caller hand over.
+
+    A pass has at most three outputs: beside the state and the memory there may be no room for the network's input,
+    which a second pass then copies from the state.
+    """
+
+    def __init__(self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any) -> None:
+        stage = task.stages[i]
+        following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
+        clip = task.clip if stage.pred is not None else None
+        outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
+        split = len(outs) + len(kept) > MAX_OUTS
+        self._copy = Row((Out(x=following),) * (len(outs) - 1)) if split else None
+        fused = outs[:1] if split else outs
+        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance)
+        self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
+        self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
+        self._keeps = tuple(slot for slot, _ in stage.keeps)
+        drawn = task.step_noise is None and stage.out.z != 0.0
+        self._noise = noise.at(Purpose.STEP, stage.step) if drawn else None
+        self._text: str | None = None
+        if buffers.reused:
+            written, self._result = buffers.written(i, len(outs))
+            self._copied = written[1:] if split else ()
+            self._outs = (*written[: len(fused)], *(buffers.memory[slot] for slot in self._keeps))
+            self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], self._n_h, self._dtypes)
+            if functions.direct(task.device):
+                self._text = numbers(self._spec)
+
+    def __call__(
+        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The new state and the next network input."""
+        memory = self._buffers.memory
+        h = tuple(memory[slot] for slot in self._reads) if self._reads else (before,) * self._n_h
+        if not self._buffers.reused:
+            return self._anew(x=x, m=m, m_uncond=m_uncond, h=h, noise=self._noise if z is None else z)
+        for out in self._outs:
+            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z)))
+        tensors = self._tensors.copy()
+        tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
+        if h:
+            tensors[FIRST_H : FIRST_H + len(h)] = h
+        if self._text is None:
+            functions.map_rows_out(self._spec, self._outs, *tensors)
+        else:
+            functions.run_numbers(self._text, self._outs, tensors)
+        if self._copy is not None:
+            apply_row(self._copy, x=self._outs[0], out=self._copied, dtypes=[out.dtype for out in self._copied])
+        return self._result
+
+    def _anew(self, **terms: Any) -> tuple[Tensor, Tensor]:
+        """The same into new tensors, where a gradient is kept."""
+        outs = apply_row(self._row, dtypes=self._dtypes, **terms)
+        first_kept = len(outs) - len(self._keeps)
+        for slot, kept in zip(self._keeps, outs[first_kept:], strict=True):
+            self._buffers.memory[slot] = kept
+        inputs = outs[1:first_kept]
+        if self._copy is not None:
+            inputs = apply_row(self._copy, x=outs[0], dtypes=(self._buffers.model_dtype,))
+        return self._buffers.joined(outs[0], inputs)
+
+
+class Buffers:
+    """Where the states and the network's inputs are written: by turns into two of each, so that no pass writes what
+    it, or a view that the network returned, reads. A row with h writes over h, the state before last: element by
+    element, which is safe; so is a slot of the memory that a pass reads and writes. Under differentiation every pass
+    writes anew."""
+
+    def __init__(self, task: Run, n: int) -> None:
+        self.shape = (n, *task.shape[1:])
+        self._halves = 2 if task.uncond is not None else 1
+        self._separate, self.reused = task.separate, not task.differentiable
+        self._dtype, self.model_dtype = task.dtype, task.model_dtype
+        slots = 1 + max((slot for stage in task.stages for slot, _ in stage.keeps), default=-1)
+        self.memory: list[Any] = [None] * slots
+        if self.reused:
+            like = (
+                torch.empty(self.shape, dtype=task.dtype, device=task.device) if task.start is None else task.start[:n]
+            )
+            self._states = [torch.empty_like(like), torch.empty_like(like)]
+            self.memory = [torch.empty_like(like) for _ in range(slots)]
+            if self._separate:
+                size = (self._halves * n, *self.shape[1:])
+                self._inputs = [torch.empty(size, dtype=task.model_dtype, device=task.device) for _ in range(2)]
+                self._halved = [seen.chunk(self._halves) for seen in self._inputs]
+
+    def outputs(self, out: Out, following: float | None) -> tuple[Out, ...]:
+        """The state's row, and the next input's: the same, scaled; twice under guidance where it fills a buffer."""
+        if following is None or not self._separate:
+            return (out,)
+        c = following
+        scaled = Out(y=c * out.y, x=c * out.x, m=c * out.m, h=tuple(c * k for k in out.h), z=c * out.z)
+        return (out, *[scaled] * (self._halves if self.reused else 1))
+
+    def apply(self, row: Row, stage: int, **terms: Any) -> tuple[Tensor, Tensor]:
+        """The new state and the next network input."""
+        dtypes = (self._dtype, *[self.model_dtype] * (len(row.outs) - 1))
+        if self.reused:
+            outs, found = self.written(stage, len(row.outs))
+            apply_row(row, dtypes=dtypes, out=outs, **terms)
+            return found
+        x, *inputs = apply_row(row, dtypes=dtypes, **terms)
+        return self.joined(x, inputs)
+
+    def joined(self, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """A new state, and the next network input from the one half of it that was written, if any."""
+        seen = inputs[0] if inputs else x
+        return x, torch.cat([seen, seen]) if inputs and self._halves == 2 else seen
+
+    def written(self, stage: int, n_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """The outputs of a stage's pass, and, of the same memory, the new state and the next network input."""
+        x = self._states[stage % 2]
+        if n_out == 1:
+            return (x,), (x, x)
+        return (x, *self._halved[stage % 2]), (x, self._inputs[stage % 2])
