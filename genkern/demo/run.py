@@ -154,7 +154,10 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "genkern": info.as_dict(),
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn", "matplotlib")},
+        "versions": {
+            "torch": torch.__version__,  # with the build's tag, which the package's metadata may leave out
+            **{name: metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")},
+        },
         "device": _device_name(setup.device),
         "threads": torch.get_num_threads(),
         "seed": setup.seed,
