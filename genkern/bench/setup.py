@@ -6,17 +6,13 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-import tempfile
 
 import torch
 
 from .. import _library
+from .._command import CannotRun, writable
 from . import cases, table
 from .world import DTYPES
-
-
-class CannotRun(ValueError):
-    """The benchmark cannot start; the message says in one sentence why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +67,7 @@ def to_redraw(out: pathlib.Path, readme: pathlib.Path | None = None) -> Redraw:
     if not any(out.glob("*.json")):
         raise CannotRun(f"--out: {out} holds no results to redraw")
     _markers(readme)
-    _writable(out)
+    writable(out)
     return Redraw(out, readme)
 
 
@@ -122,7 +118,7 @@ def prepare(
         known = "; ".join(spec.name for spec in cases.specs(where))
         raise CannotRun(f"--only: no case of {', '.join(names)} matches {only!r}; there are: {known}")
     _markers(readme)
-    _writable(out)
+    writable(out)
     return Setup(where, mib, names, only, repeats, seconds, out, quick, readme)
 
 
@@ -148,12 +144,3 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise CannotRun("--device: cuda is not usable here; this machine has cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def _writable(out: pathlib.Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CannotRun(f"--out: {out} cannot be written ({error.strerror or error}); give another folder") from None

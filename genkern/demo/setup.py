@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import pathlib
-import tempfile
 
 import torch
 
+from .._command import CannotRun, writable
+
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-
-
-class CannotRun(ValueError):
-    """The demo cannot start; the message says in one sentence why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +63,7 @@ def prepare(out: pathlib.Path, device: str = "auto", seed: int = 0, quick: bool 
     if not 0 <= seed < 1 << 63:
         raise CannotRun(f"--seed: expected 0 to 2^63 - 1, got {seed}")
     chosen = _device(device)
-    _writable(out)
+    writable(out)
     return Setup(out, chosen, seed, QUICK if quick else FULL, quick)
 
 
@@ -85,12 +82,3 @@ def _device(name: str) -> torch.device:
         found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
         raise CannotRun(f"--device: {name} is not usable here; this machine has {', '.join(['cpu', *found])}") from None
     return device
-
-
-def _writable(out: pathlib.Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CannotRun(f"--out: {out} cannot be written ({error.strerror or error}); give another folder") from None
