@@ -17,6 +17,11 @@
 
 #include "../faces/call.h"
 
+// torch 2.13 gave the check of a shim call this name; the older headers have it as TORCH_ERROR_CODE_CHECK only.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 #ifdef GENKERN_WITH_CUDA
 // Weak, so that the library also loads under a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
