@@ -19,7 +19,8 @@ struct Walk {
   int64_t n = 1;      // elements a sample
   int32_t ndim = 0;   // inner dimensions, the fastest last
   bool linear = false;
-  bool flat = false;  // the samples were merged into one: no noise, and one row for all
+  bool dense = false;  // linear but for the noise's index: a permutation of C order, the same in every array
+  bool flat = false;   // the samples were merged into one: no noise, and one row for all
   int64_t sizes[kMaxDims];
   int64_t strides[kWalkArrays][kMaxDims];
   int64_t batch_stride[kWalkArrays];
@@ -82,9 +83,16 @@ inline Walk make_walk(const MapArgs& args, bool keep_samples) {
     walk.sizes[0] = 1;
     for (int k = 0; k < kWalkArrays; ++k) walk.strides[k][0] = 1;
   }
-  walk.linear = walk.ndim == 1;
-  for (int k = 0; walk.linear && k < kWalkArrays; ++k)
-    if (given(args, k)) walk.linear = walk.strides[k][0] == 1;
+  const auto dense = [&](int k) {
+    int64_t step = 1;
+    for (int d = walk.ndim - 1; d >= 0; step *= walk.sizes[d--])
+      if (walk.strides[k][d] != step) return false;
+    return true;
+  };
+  walk.dense = true;
+  for (int k = 0; walk.dense && k < kIndex; ++k)
+    if (given(args, k)) walk.dense = dense(k);
+  walk.linear = walk.dense && (!given(args, kIndex) || dense(kIndex));
   return walk;
 }
 

@@ -1,64 +1,61 @@
 // map on CUDA: one pass over the terms, every output written.
-#include "pass_cuda.cuh"
+#include "launch_cuda.cuh"
 
 namespace genkern {
 namespace {
 
-template <typename Acc, int kVec, bool kLinear, bool kWide, bool kDraw>
-__global__ void __launch_bounds__(kThreads) map_kernel(const __grid_constant__ Pass<Acc> pass) {
-  using V = Vector<Acc, kVec, kLinear, kWide, kDraw>;
-  __shared__ Acc rows[kMaxRows][kMaxCells];
-  const int64_t b = sample_of_thread();
-  V vector;
-  vector.fetch(pass, b, element_of_thread<kVec>(pass, b), false);
-  const Acc* cells = block_row(pass, rows, b);
-  if (vector.count == 0) return;
-  Acc out[V::kOuts][kVec];
-  vector.apply(pass, cells, out);
+template <typename V>
+__global__ void __launch_bounds__(kThreads, V::kBlocks) map_kernel(const __grid_constant__ typename V::Pass pass) {
+  __shared__ Shared<typename V::Acc> shared;
+  walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {
+    typename V::Acc out[V::kOuts][V::kVec];
+    vector.apply(pass, cells, draw, out);
 #pragma unroll
-  for (int j = 0; j < V::kOuts; ++j)
-    if (j < pass.n_out) vector.put(pass, j, out[j]);
+    for (int j = 0; j < V::kOuts; ++j)
+      if (j < V::Facts::n_out(pass)) vector.put(pass, j, out[j]);
+  });
 }
 
-template <typename Acc, int kVec, bool kLinear, bool kWide, bool kDraw>
-void launch(const MapArgs& args, const Walk& walk, cudaStream_t stream) {
-  Pass<Acc> pass{};
-  const Launch plan_ = plan(args, walk, kVec, pass);
-  map_kernel<Acc, kVec, kLinear, kWide, kDraw><<<plan_.grid, plan_.block, 0, stream>>>(pass);
-}
+struct Map {
+  const MapArgs& args;
+  const Walk& walk;
+  cudaStream_t stream;
 
-template <typename Acc, int kVec>
-void launch_linear(const MapArgs& args, const Walk& walk, cudaStream_t stream) {
-  const bool draw = args.noise.draw_kind != Draw::none;
-  if (is_wide(args)) {
-    draw ? launch<Acc, kVec, true, true, true>(args, walk, stream)
-         : launch<Acc, kVec, true, true, false>(args, walk, stream);
-  } else {
-    draw ? launch<Acc, kVec, true, false, true>(args, walk, stream)
-         : launch<Acc, kVec, true, false, false>(args, walk, stream);
+  template <typename V>
+  void launch() const {
+    typename V::Pass pass{};
+    const Launch laid = lay<V>(args, walk, most_chunks(args, V::kVec), pass);
+    map_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass);
   }
-}
+};
 
-template <typename Acc>
-void launch_strided(const MapArgs& args, const Walk& walk, cudaStream_t stream) {
-  args.noise.draw_kind != Draw::none ? launch<Acc, 1, false, true, true>(args, walk, stream)
-                                     : launch<Acc, 1, false, true, false>(args, walk, stream);
+// Whether a pass has more terms or outputs than the narrow kernels hold in registers.
+bool is_wide(const MapArgs& args) {
+  return args.n_out > 1 || args.in[kH1].data != nullptr || args.in[kH2].data != nullptr;
 }
 
 }  // namespace
 
-const char* map_cuda(const MapArgs& args, void* stream_) {
+const char* map_cuda(const MapArgs& args, void* stream) {
   const Walk walk = make_walk(args, /*keep_samples=*/false);
   if (walk.batch == 0 || walk.n == 0) return nullptr;
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  const int vec = vector_width(args, walk);
-  if (vec == 1) {
-    args.f64 ? launch_strided<double>(args, walk, stream) : launch_strided<float>(args, walk, stream);
-  } else if (args.f64) {
-    launch_linear<double, 4>(args, walk, stream);
-  } else {
-    vec == 8 ? launch_linear<float, 8>(args, walk, stream) : launch_linear<float, 4>(args, walk, stream);
-  }
+  const Map map{args, walk, static_cast<cudaStream_t>(stream)};
+  if (launch_known<kMapTerms, kMapPermutedTerms>(args, walk, 0, map)) return launch_error();
+  const bool draw = args.noise.draw_kind != Draw::none, wide = is_wide(args);
+  launch_any(args, walk, [&](auto acc, auto vec, auto layout) {
+    using Acc = decltype(acc);
+    constexpr int kVec = decltype(vec)::value;
+    constexpr Layout kLayout = decltype(layout)::value;
+    if constexpr (kLayout == Layout::permuted) {
+      map.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>();
+    } else if (kLayout == Layout::strided || wide) {
+      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>()
+           : map.launch<Vector<Acc, kVec, kLayout, Any<true, false>>>();
+    } else if constexpr (kLayout == Layout::linear) {
+      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<false, true>>>()
+           : map.launch<Vector<Acc, kVec, kLayout, Any<false, false>>>();
+    }
+  });
   return launch_error();
 }
 

@@ -63,6 +63,35 @@ GENKERN_HD Words4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t 
   return {{c0, c1, c2, c3}};
 }
 
+// The keys of the ten rounds, for many counters under one key.
+struct PhiloxRounds {
+  uint32_t k0[10], k1[10];
+};
+
+GENKERN_HD PhiloxRounds philox_rounds(PhiloxKey key) {
+  PhiloxRounds keys;
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys.k0[round] = key.k0 + round * kPhiloxW0;
+    keys.k1[round] = key.k1 + round * kPhiloxW1;
+  }
+  return keys;
+}
+
+GENKERN_HD Words4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxRounds& keys) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxM0;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * kPhiloxM1;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
+    c3 = static_cast<uint32_t>(p0);
+  }
+  return {{c0, c1, c2, c3}};
+}
+
 // The words of quad i / 4 of a sample.
 GENKERN_HD Words4 sample_words(uint32_t quad, uint32_t draw, uint64_t sample_id, PhiloxKey key) {
   return philox4x32_10(quad, draw, static_cast<uint32_t>(sample_id), static_cast<uint32_t>(sample_id >> 32), key);
@@ -107,16 +136,17 @@ GENKERN_HD float box_muller_radius(uint32_t w) {
   p = fma_(p, f, kLog1);
   p = fma_(p, f, kLog0);
   p = fma_(f * f, p, -2.0f * f);
-  return sqrt_(fma_(static_cast<float>(static_cast<int32_t>(e)), kMinus2Ln2, p));
+  return sqrt_normal(fma_(static_cast<float>(static_cast<int32_t>(e)), kMinus2Ln2, p));  // in [2^-32, 46]
 }
 
 // z0 = r cos(2 pi w1 2^-32), z1 = r sin(2 pi w1 2^-32), r from w0.
 //
-// The angle is quadrant pi/2 + v pi/4, |v| <= 1: bits 30 and 31 of h are the quadrant, the others v.
+// The angle is quadrant pi/2 + v pi/4, |v| <= 1: bits 30 and 31 of h are the quadrant, the lower 30 of w1, as a signed
+// number, are v 2^29.
 GENKERN_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   const float r = box_muller_radius(w0);
   const uint32_t h = w1 + 0x20000000u;
-  const float v = static_cast<float>(static_cast<int32_t>(h & 0x3fffffffu) - 0x20000000) * 0x1p-29f;
+  const float v = static_cast<float>(static_cast<int32_t>(w1 << 2)) * 0x1p-31f;
   const float v2 = v * v;
   float s = fma_(kSin3, v2, kSin2);
   s = fma_(s, v2, kSin1);
@@ -124,7 +154,7 @@ GENKERN_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   float c = fma_(kCos2, v2, kCos1);
   c = fma_(c, v2, kCos0);
   c = fma_(c, v2, 1.0f);
-  const bool odd = (h & 0x40000000u) != 0;
+  const bool odd = static_cast<int32_t>(h << 1) < 0;
   const uint32_t cosine = bits_of(odd ? s : c) ^ ((h + 0x40000000u) & 0x80000000u);  // minus in quadrants 1 and 2
   const uint32_t sine = bits_of(odd ? c : s) ^ (h & 0x80000000u);                    // minus in quadrants 2 and 3
   z0 = r * float_of(cosine);

@@ -44,6 +44,19 @@ GENKERN_HD float sqrt_(float a) {
 #endif
 }
 
+// The same of a number that is neither 0, subnormal nor infinite. On CUDA the steps that __fsqrt_rn takes for such a
+// number, without its branch and call for the others, which keep the compiler from interleaving independent roots.
+GENKERN_HD float sqrt_normal(float a) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  const float root = a * y, half = 0.5f * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, a), half, root);
+#else
+  return std::sqrt(a);
+#endif
+}
+
 GENKERN_HD double sqrt_(double a) {
 #if defined(__CUDA_ARCH__)
   return __dsqrt_rn(a);

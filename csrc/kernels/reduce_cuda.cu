@@ -1,12 +1,14 @@
 // reduce on CUDA: r = row(x, m, ...); mask * r (mask * sign(r)) is written; sums of mask * rho(r) and of the mask, a
 // sample.
 //
-// Two launches and no atomics: each block sums its tile in a fixed tree, then one block a sample sums the tiles. The
+// Two launches and no atomics: each block sums its chunks in a fixed tree, then one block a sample sums the blocks. The
 // same bits each run.
-#include "pass_cuda.cuh"
+#include "launch_cuda.cuh"
 
 namespace genkern {
 namespace {
+
+constexpr int kReduceChunks = 8;  // a block sums so many, at most, before its threads meet
 
 // The sum over the threads of a sample's row of the block, in a fixed tree; blockDim.x is a power of two.
 template <typename Acc>
@@ -21,22 +23,19 @@ __device__ __forceinline__ void sum_along_x(Acc (*sums)[2]) {
   }
 }
 
-template <typename Acc, int kVec, bool kLinear, bool kDraw>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const __grid_constant__ Pass<Acc> pass, Rho rho, double* partials) {
-  using V = Vector<Acc, kVec, kLinear, true, kDraw>;
-  __shared__ Acc rows[kMaxRows][kMaxCells];
+template <typename V>
+__global__ void __launch_bounds__(kThreads, V::kBlocks)
+    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, double* partials) {
+  using Acc = typename V::Acc;
+  constexpr int kVec = V::kVec;
+  __shared__ Shared<Acc> shared;
   __shared__ Acc sums[kThreads][2];
-  const int64_t b = sample_of_thread();
-  const bool masked = has(pass, kMask);
-  V vector;
-  vector.fetch(pass, b, element_of_thread<kVec>(pass, b), masked);
-  const Acc* cells = block_row(pass, rows, b);
   Acc sum = 0, elements = 0;
-  if (vector.count > 0) {
+  walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {
+    const bool masked = V::Facts::has(pass, kMask);
     Acc r[V::kOuts][kVec], mask[kVec];
-    vector.apply(pass, cells, r);
-    if (masked) decode<Acc, kVec>(vector.mask, pass.dtype[kMask], mask);
+    vector.apply(pass, cells, draw, r);
+    if (masked) decode<Acc, kVec>(vector.mask, V::Facts::dtype(pass, kMask), mask);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if (i >= vector.count) break;
@@ -44,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
       Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
       elements += weight;
       if (rho == Rho::square) {
-        sum += weight * v * v;
+        sum = fma_(weight * v, v, sum);
       } else {
         sum += weight * (v < Acc(0) ? -v : v);
         v = v > Acc(0) ? Acc(1) : (v < Acc(0) ? Acc(-1) : v);
@@ -52,26 +51,27 @@ __global__ void __launch_bounds__(kThreads)
       r[0][i] = weight * v;
     }
     vector.put(pass, 0, r[0]);
-  }
+  });
   const int at = threadIdx.y * blockDim.x + threadIdx.x;
   sums[at][0] = sum;
   sums[at][1] = elements;
   sum_along_x(sums);
+  const int64_t b = sample_of_thread();
   if (threadIdx.x == 0 && b < pass.batch) {
-    double* partial = partials + 2 * (b * pass.tiles + blockIdx.x);
+    double* partial = partials + 2 * (b * pass.blocks + blockIdx.x);
     partial[0] = static_cast<double>(sums[at][0]);
     partial[1] = static_cast<double>(sums[at][1]);
   }
 }
 
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const double* partials, int64_t tiles, Acc* out) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const double* partials, int64_t blocks, Acc* out) {
   __shared__ double sums[kThreads][2];
   const int64_t b = blockIdx.x;
   double sum = 0.0, elements = 0.0;
-  for (int64_t t = threadIdx.x; t < tiles; t += kThreads) {
-    sum += partials[2 * (b * tiles + t)];
-    elements += partials[2 * (b * tiles + t) + 1];
+  for (int64_t k = threadIdx.x; k < blocks; k += kThreads) {
+    sum += partials[2 * (b * blocks + k)];
+    elements += partials[2 * (b * blocks + k) + 1];
   }
   sums[threadIdx.x][0] = sum;
   sums[threadIdx.x][1] = elements;
@@ -82,42 +82,54 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partials
   }
 }
 
-template <typename Acc, int kVec, bool kLinear>
-void launch(const ReduceArgs& args, const Walk& walk, cudaStream_t stream) {
-  Pass<Acc> pass{};
-  const Launch plan_ = plan(args.map, walk, kVec, pass);
-  auto* partials = static_cast<double*>(args.workspace);
-  if (walk.n > 0) {
-    if (args.map.noise.draw_kind != Draw::none)
-      reduce_kernel<Acc, kVec, kLinear, true><<<plan_.grid, plan_.block, 0, stream>>>(pass, args.rho, partials);
-    else
-      reduce_kernel<Acc, kVec, kLinear, false><<<plan_.grid, plan_.block, 0, stream>>>(pass, args.rho, partials);
+struct Reduce {
+  const ReduceArgs& args;
+  const Walk& walk;
+  cudaStream_t stream;
+
+  template <typename V>
+  void launch() const {
+    using Acc = typename V::Acc;
+    typename V::Pass pass{};
+    const Launch laid = lay<V>(args.map, walk, kReduceChunks, pass);
+    auto* partials = static_cast<double*>(args.workspace);
+    if (walk.n > 0) reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, partials);
+    finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(
+        partials, walk.n > 0 ? pass.blocks : 0, static_cast<Acc*>(args.sums));
   }
-  finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(partials, walk.n > 0 ? pass.tiles : 0,
-                                                                                 static_cast<Acc*>(args.sums));
-}
+};
 
 }  // namespace
 
 size_t reduce_workspace_cuda(const MapArgs& args) {
   const Walk walk = make_walk(args, /*keep_samples=*/true);
-  Pass<float> pass{};
-  plan(args, walk, vector_width(args, walk), pass);
-  return static_cast<size_t>(walk.batch * pass.tiles) * 2 * sizeof(double);
+  // Of the kernels that may take the pass, the one with the most blocks: a vector a thread, a chunk a block.
+  int64_t blocks = 0;
+  int32_t chunks = 0;
+  lay_chunks(walk.batch, walk.n, walk.linear ? vector_width(args) : 1, 1, 1, blocks, chunks);
+  Tiles tiles;
+  if (tiles.of(walk, vector_width(args))) blocks = std::max(blocks, tiles.blocks);
+  return static_cast<size_t>(walk.batch * blocks) * 2 * sizeof(double);
 }
 
-const char* reduce_cuda(const ReduceArgs& args, void* stream_) {
+const char* reduce_cuda(const ReduceArgs& args, void* stream) {
   const Walk walk = make_walk(args.map, /*keep_samples=*/true);
   if (walk.batch == 0) return nullptr;
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  const int vec = vector_width(args.map, walk);
-  if (vec == 1) {
-    args.map.f64 ? launch<double, 1, false>(args, walk, stream) : launch<float, 1, false>(args, walk, stream);
-  } else if (args.map.f64) {
-    launch<double, 4, true>(args, walk, stream);
-  } else {
-    vec == 8 ? launch<float, 8, true>(args, walk, stream) : launch<float, 4, true>(args, walk, stream);
-  }
+  const Reduce reduce{args, walk, static_cast<cudaStream_t>(stream)};
+  if (walk.n > 0 && launch_known<kReduceTerms, kReducePermutedTerms>(args.map, walk, kResidual, reduce))
+    return launch_error();
+  const bool draw = args.map.noise.draw_kind != Draw::none;
+  launch_any(args.map, walk, [&](auto acc, auto vec, auto layout) {
+    using Acc = decltype(acc);
+    constexpr int kVec = decltype(vec)::value;
+    constexpr Layout kLayout = decltype(layout)::value;
+    if constexpr (kLayout == Layout::permuted) {
+      reduce.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>();
+    } else {
+      draw ? reduce.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>()
+           : reduce.launch<Vector<Acc, kVec, kLayout, Any<true, false>>>();
+    }
+  });
   return launch_error();
 }
 

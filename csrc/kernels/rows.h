@@ -53,6 +53,21 @@ GENKERN_HD void ddim_cells(Formula formula, const double* path, bool use_pred, A
   out[kOutZ] = static_cast<Acc>(d);
 }
 
+// The cells of sample b that a named formula computes, from its path values.
+template <typename Acc>
+GENKERN_HD void formula_cells(const RowSource& source, int64_t b, bool use_pred, Acc* cells) {
+  double path[kPathCells];
+  for (int p = 0; p < kPathCells; ++p) path[p] = source.base[kMaxCells + p];
+  for (int k = 0; k < source.n_values; ++k) {
+    const int cell = source.values[k].cell;
+    const double value = cell < kMaxCells ? 0.0 : read_value(source.values[k], b);
+    // Unrolled compares instead of path[cell - kMaxCells]: a run-time index would put path in local memory.
+    for (int p = 0; p < kPathCells; ++p)
+      if (cell == kMaxCells + p) path[p] = value;
+  }
+  ddim_cells(source.formula, path, use_pred, cells);
+}
+
 // The cells of sample b's row. cells holds at least source.n_cells numbers.
 template <typename Acc>
 GENKERN_HD void load_row(const RowSource& source, int64_t b, bool use_pred, Acc* cells) {
@@ -64,17 +79,11 @@ GENKERN_HD void load_row(const RowSource& source, int64_t b, bool use_pred, Acc*
     return;
   }
   for (int c = 0; c < source.n_cells; ++c) cells[c] = static_cast<Acc>(source.base[c]);
-  double path[kPathCells];
-  for (int p = 0; p < kPathCells; ++p) path[p] = source.base[kMaxCells + p];
   for (int k = 0; k < source.n_values; ++k) {
     const int cell = source.values[k].cell;
-    const double value = read_value(source.values[k], b);
-    if (cell < kMaxCells) cells[cell] = static_cast<Acc>(value);
-    // Unrolled compares instead of path[cell - kMaxCells]: a run-time index would put path in local memory.
-    for (int p = 0; p < kPathCells; ++p)
-      if (cell == kMaxCells + p) path[p] = value;
+    if (cell < kMaxCells) cells[cell] = static_cast<Acc>(read_value(source.values[k], b));
   }
-  if (source.formula != Formula::none) ddim_cells(source.formula, path, use_pred, cells);
+  if (source.formula != Formula::none) formula_cells(source, b, use_pred, cells);
 }
 
 template <typename Acc>

@@ -1,8 +1,10 @@
 """Times of several contenders, taken in turns: A B C, A B C, ... so that a drift of the machine's speed meets all.
 
 On CUDA a time is that of the device, between two events around one call, with the cache emptied before it: a tensor of
-FLUSH bytes is written, which also keeps the device busy while the host enqueues the call. The host's time is taken
-apart: calls in a row, not waited for. On the CPU a time is the wall's; calls shorter than SHORT are repeated.
+FLUSH bytes is written, and again until the device is busy for longer than the host needs to enqueue the call, so that
+no gap between its kernels is the host's. (A call that the host enqueues for more than LONG, a loop, is timed with what
+the host adds.) The host's time is taken apart: calls in a row, not waited for. On the CPU a time is the wall's; calls
+shorter than SHORT are repeated.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .world import Run
 
 FLUSH = 256 << 20  # bytes, more than any cache
 SHORT = 1e-3  # seconds
+LONG = 4e-3  # seconds
 SLOW = 0.2  # seconds: on the CPU, such calls are warmed up once, others twice
 WARM_UP = 2  # calls on CUDA
 HOST_CALLS = 20
@@ -100,6 +103,7 @@ def _on_cuda(runs: Mapping[str, Run], device: torch.device, repeats: int, budget
                 run()
         torch.cuda.synchronize()
         peaks = {name: _peak(run) for name, run in runs.items()}
+        fills = _fills(runs, flush)
         found: dict[str, list[float]] = {name: [] for name in runs}
         hosts: dict[str, list[float]] = {name: [] for name in runs}
         begin = time.perf_counter()
@@ -107,15 +111,33 @@ def _on_cuda(runs: Mapping[str, Run], device: torch.device, repeats: int, budget
             if number >= LEAST_ROUNDS and time.perf_counter() - begin > budget:
                 break
             for name, run in runs.items():
-                found[name].append(_device(run, flush))
+                found[name].append(_device(run, flush, fills[name]))
             for name, run in runs.items():
                 hosts[name].append(_host(run))
         return {name: Times.of(found[name], statistics.median(hosts[name]), peaks[name]) for name in runs}
 
 
-def _device(run: Run, flush: torch.Tensor) -> float:
+def _fills(runs: Mapping[str, Run], flush: torch.Tensor) -> dict[str, int]:
+    """How often flush is written before a run: for twice the time that the host takes, where that is not LONG."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
     flush.zero_()
+    end.record()
+    end.synchronize()
+    one = float(start.elapsed_time(end)) * 1e-3
+    found = {}
+    for name, run in runs.items():
+        torch.cuda.synchronize()
+        seconds = _wall(run, 1)
+        found[name] = 1 + (math.ceil(2.0 * seconds / one) if seconds < LONG else 0)
+    torch.cuda.synchronize()
+    return found
+
+
+def _device(run: Run, flush: torch.Tensor, fills: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(fills):
+        flush.zero_()
     start.record()
     run()
     end.record()

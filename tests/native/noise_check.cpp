@@ -8,7 +8,7 @@ using namespace genkern::GENKERN_ISA;
 extern "C" {
 
 void philox(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
-  const Words4 four = philox4x32_10(counter[0], counter[1], counter[2], counter[3], {key[0], key[1]});
+  const Words4 four = philox4x32_10(counter[0], counter[1], counter[2], counter[3], PhiloxKey{key[0], key[1]});
   for (int k = 0; k < 4; ++k) words[k] = four.w[k];
 }
 

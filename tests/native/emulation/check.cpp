@@ -32,20 +32,20 @@ struct Buffer {
   Array array(DType dtype) { return {bytes.data() + 64 + offset * size_of_dtype(dtype), dtype, strides.data()}; }
 };
 
-// Strides of a random dense permutation, sometimes with gaps, sometimes expanded.
-Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::vector<int>& order, bool expanded,
-                   bool random) {
+// Strides of a random dense permutation, unless `plain` sometimes with gaps, offset or expanded.
+Buffer make_buffer(const std::vector<int64_t>& sizes, DType dtype, const std::vector<int>& order, bool plain,
+                   bool expanded, bool random) {
   Buffer buffer;
   buffer.strides.assign(sizes.size(), 0);
   int64_t step = 1;
-  const bool gap = chance(0.15);
+  const bool gap = !plain && chance(0.15);
   for (int d : order) {
     if (expanded && chance(0.4)) continue;
     buffer.strides[d] = step;
     step *= sizes[d];
     if (gap && chance(0.5)) step += 3;
   }
-  buffer.offset = chance(0.3) ? pick(1, 3) : 0;
+  buffer.offset = !plain && chance(0.3) ? pick(1, 3) : 0;
   buffer.bytes.assign((step + 8) * 8 + 128, 0xa5);
   if (!random) return buffer;
   std::normal_distribution<double> normal;
@@ -80,32 +80,46 @@ struct Pass {
 void build(Pass& pass, bool reduce) {
   MapArgs& args = pass.args;
   std::vector<int64_t> sizes{pick(1, chance(0.2) ? 90 : 4)};
-  const int extra = static_cast<int>(pick(0, 3));
-  for (int d = 0; d < extra; ++d) sizes.push_back(chance(0.08) ? pick(200, 700) : pick(1, 9));
-  if (chance(0.03)) sizes.push_back(0);
+  // Half of the passes are of whole aligned vectors: those that kernels are compiled for.
+  const bool plain = chance(0.5);
+  if (plain) {
+    sizes.insert(sizes.end(), {pick(1, 5), pick(1, 6), 8 * pick(1, chance(0.5) ? 90 : 9)});
+  } else {
+    const int extra = static_cast<int>(pick(0, 3));
+    for (int d = 0; d < extra; ++d) sizes.push_back(chance(0.08) ? pick(200, 700) : pick(1, 9));
+    if (chance(0.03)) sizes.push_back(0);
+  }
   args.ndim = static_cast<int>(sizes.size());
   std::vector<int> order;
   for (int d = args.ndim - 1; d >= 0; --d) order.push_back(d);
-  const bool permuted = chance(0.3);
-  if (permuted) std::shuffle(order.begin(), order.end(), rng);
+  const bool permuted = chance(plain ? 0.4 : 0.3);
+  if (permuted && !plain) std::shuffle(order.begin(), order.end(), rng);
+  if (permuted && plain) std::shuffle(order.begin(), order.end() - 1, rng);  // the batch stays slowest
   for (int d = 0; d < args.ndim; ++d) args.sizes[d] = sizes[d];
   args.f64 = chance(0.25);
   const bool halves = !args.f64 && chance(0.3);
+  // Of plain passes: one type for the state, one for the network.
+  const bool mixed = plain && !halves && !args.f64 && chance(0.6);
+  const DType half = chance(0.5) ? DType::f16 : DType::bf16;
 
   auto give = [&](int k, DType dtype, bool output) {
     auto my_order = order;
-    if (chance(0.15)) std::shuffle(my_order.begin(), my_order.end(), rng);
-    pass.buffers[k] = make_buffer(sizes, dtype, my_order, !output && chance(0.1), !output);
+    if (!plain && chance(0.15)) std::shuffle(my_order.begin(), my_order.end(), rng);
+    pass.buffers[k] = make_buffer(sizes, dtype, my_order, plain, !plain && !output && chance(0.1), !output);
     (k < kInputs ? args.in[k] : args.out[k - kInputs]) = pass.buffers[k].array(dtype);
   };
-  auto dtype = [&] { return halves ? (chance(0.5) ? DType::f16 : DType::bf16) : random_dtype(args.f64); };
+  auto dtype = [&] {
+    if (halves) return chance(0.5) ? DType::f16 : DType::bf16;
+    return plain && !args.f64 ? DType::f32 : random_dtype(args.f64);
+  };
+  auto network = [&] { return mixed ? half : dtype(); };
   if (chance(0.8)) give(kX, args.f64 ? DType::f64 : dtype(), false);
-  if (chance(0.8)) give(kM, dtype(), false);
-  if (args.in[kM].data != nullptr && chance(0.3)) give(kMUncond, dtype(), false);
+  if (chance(0.8)) give(kM, network(), false);
+  if (args.in[kM].data != nullptr && chance(plain ? 0.15 : 0.3)) give(kMUncond, network(), false);
   for (int k = kH0; k <= kH2; ++k)
-    if (chance(0.25)) give(k, dtype(), false);
+    if (chance(plain ? 0.12 : 0.25)) give(k, dtype(), false);
   args.use_pred = (args.in[kX].data != nullptr || args.in[kM].data != nullptr) && chance(0.4);
-  const bool draws = chance(0.5);
+  const bool draws = chance(plain ? 0.7 : 0.5);
   if (draws) {
     args.noise.draw_kind = chance(0.8) ? Draw::normal : Draw::uniform;
     args.noise.seed = rng(), args.noise.stream = rng(), args.noise.draw = static_cast<uint32_t>(rng());
@@ -117,7 +131,7 @@ void build(Pass& pass, bool reduce) {
       pass.key = {static_cast<int64_t>(rng()), static_cast<int64_t>(rng()), pick(0, 100)};
       args.noise.device_key = pass.key.data();
     }
-  } else if (chance(0.5) || (args.in[kX].data == nullptr && args.in[kM].data == nullptr)) {
+  } else if (chance(plain ? 0.2 : 0.5) || (args.in[kX].data == nullptr && args.in[kM].data == nullptr)) {
     give(kZ, dtype(), false);
   }
   if (reduce && chance(0.4)) {
@@ -128,7 +142,7 @@ void build(Pass& pass, bool reduce) {
       for (size_t i = 3; i < mask.bytes.size(); i += 4) mask.bytes[i] &= 0x7f;
   }
   args.n_out = reduce ? 1 : static_cast<int>(chance(0.6) ? 1 : pick(2, 3));
-  for (int j = 0; j < args.n_out; ++j) give(kInputs + j, dtype(), true);
+  for (int j = 0; j < args.n_out; ++j) give(kInputs + j, j > 0 || reduce ? network() : dtype(), true);
 
   RowSource& rows = args.rows;
   rows.n_cells = kFirstOut + kOutCells * args.n_out;

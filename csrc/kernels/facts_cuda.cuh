@@ -1,0 +1,140 @@
+// What a kernel knows of its pass when it is compiled.
+//
+// The general kernels ask the pass: which terms it has and of what types are uniform branches at run time, so that one
+// of them serves every pass. A branch holds a warp back for tens of cycles before its next load is issued, which costs
+// a tenth and more of the memory's rate; the passes that samplers and losses are made of (kMapTerms, kReduceTerms) are
+// therefore compiled with their terms and types fixed, from the same source.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace genkern {
+namespace {
+
+__host__ __device__ constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
+
+// Terms of a known pass: the inputs that are given, by number; normals drawn; data predicted; whether its output is a
+// residual; outputs.
+constexpr uint32_t kDrawn = 1u << 8, kPredicted = 1u << 9, kResidual = 1u << 10;
+constexpr int kOutsShift = 11;
+
+constexpr uint32_t terms(int n_out, uint32_t others) { return others | static_cast<uint32_t>(n_out) << kOutsShift; }
+constexpr uint32_t residual(uint32_t others) { return terms(1, others | kResidual); }
+
+constexpr uint32_t X = 1u << kX, M = 1u << kM, U = 1u << kMUncond, H = 1u << kH0, Z = 1u << kZ, Mask = 1u << kMask;
+
+// Two outputs: the state and the network's next input, or the noise, or a prediction that is kept.
+constexpr uint32_t kMapTerms[] = {
+    terms(1, kDrawn),  // noise; an initial state
+    terms(1, X),
+    terms(1, X | kDrawn),
+    terms(2, X | kDrawn),  // scaling, noising
+    terms(1, X | H),
+    terms(1, X | Z),  // noising with given noise, interpolation
+    terms(1, X | M),
+    terms(2, X | M),  // Euler, DDIM, consistency
+    terms(1, X | M | kPredicted),
+    terms(2, X | M | kPredicted),  // the same, clamped
+    terms(1, X | M | U),
+    terms(1, X | M | U | kPredicted),  // guided
+    terms(3, X | M | U),
+    terms(3, X | M | U | kPredicted),  // guided, both halves of the next input
+    terms(1, X | M | kDrawn),
+    terms(2, X | M | kDrawn),  // DDPM
+    terms(1, X | M | kDrawn | kPredicted),
+    terms(2, X | M | kDrawn | kPredicted),
+    terms(1, X | M | H),
+    terms(2, X | M | H),  // Heun, multistep
+    terms(2, X | M | H | kPredicted),
+    terms(3, X | M | H | kPredicted),
+};
+
+// Where the noise's index has another order than memory (channels_last).
+constexpr uint32_t kMapPermutedTerms[] = {
+    terms(1, kDrawn), terms(1, X | kDrawn), terms(2, X | kDrawn), terms(1, X | M | kDrawn), terms(2, X | M | kDrawn),
+};
+
+// Residuals: m against noise, data or both, or against a given target; with a mask or without.
+constexpr uint32_t kReduceTerms[] = {
+    residual(M | kDrawn),        residual(X | M | kDrawn),        residual(X | M),        residual(X | M | H),
+    residual(M | kDrawn | Mask), residual(X | M | kDrawn | Mask), residual(X | M | Mask), residual(X | M | Z),
+};
+
+constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
+
+// Types of a known pass. mixed: a float32 state and a network's output of 16 bits.
+enum class Types { f32, mixed, half };
+
+// Any pass; kWide: with room for all terms and outputs, else for those of the common passes.
+template <bool kWideTerms, bool kDraws>
+struct Any {
+  static constexpr bool kKnown = false, kDraw = kDraws;
+  static constexpr int kHs = kWideTerms ? kMaxH : 1;
+  static constexpr int kOuts = kWideTerms ? kMaxOuts : 1;
+  static constexpr int kUnroll = 1, kBlocks = 1;
+
+  template <typename Pass>
+  static __device__ bool has(const Pass& pass, int k) {
+    return (pass.given >> k & 1u) != 0;
+  }
+  template <typename Pass>
+  static __device__ bool use_pred(const Pass& pass) {
+    return pass.use_pred;
+  }
+  template <typename Pass>
+  static __device__ int n_out(const Pass& pass) {
+    return pass.n_out;
+  }
+  template <typename Pass>
+  static __device__ DType dtype(const Pass& pass, int k) {
+    return pass.dtype[k];
+  }
+};
+
+template <uint32_t kTerms, Types kTypes>
+struct Known {
+  static constexpr bool kKnown = true, kDraw = (kTerms & kDrawn) != 0;
+  static constexpr int kHs = (kTerms & H) != 0 ? 1 : 0;
+  static constexpr int kOuts = static_cast<int>(kTerms >> kOutsShift);
+  static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) +
+                                      ((kTerms & H) != 0) + ((kTerms & Z) != 0) + ((kTerms & Mask) != 0);
+  // Vectors that a thread has in flight, as they were fastest on an H100.
+  static constexpr int kUnroll = kDraw                    ? (kTypes != Types::half && kInputsGiven + kOuts <= 2 ? 2 : 1)
+                                 : kInputsGiven == 1      ? 4
+                                 : kTypes == Types::mixed ? 2
+                                                          : 1;
+  // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling.
+  static constexpr int kBlocks = !kDraw ? 1 : kInputsGiven + kOuts > 3 ? 3 : 4;
+
+  template <typename Pass>
+  static __device__ constexpr bool has(const Pass&, int k) {
+    return (kTerms >> k & 1u) != 0;
+  }
+  template <typename Pass>
+  static __device__ constexpr bool use_pred(const Pass&) {
+    return (kTerms & kPredicted) != 0;
+  }
+  template <typename Pass>
+  static __device__ constexpr int n_out(const Pass&) {
+    return kOuts;
+  }
+  template <typename Pass>
+  static __device__ DType dtype(const Pass& pass, int k) {
+    if (kTypes == Types::f32 && k != kMask) return DType::f32;
+    if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
+    const bool of_network = k == kM || k == kMUncond || (k == kInputs && (kTerms & kResidual) != 0);
+    if (of_network) return sixteen(pass.dtype[k]);
+    return k < kMask || k == kInputs ? DType::f32 : pass.dtype[k];
+  }
+
+ private:
+  // Of two types, said so that the compiler knows the size.
+  static __device__ DType sixteen(DType dtype) { return dtype == DType::bf16 ? DType::bf16 : DType::f16; }
+};
+
+}  // namespace
+}  // namespace genkern

@@ -1,0 +1,240 @@
+// The host's side of a pass: which kernel it is given to, and how it is laid over the device.
+#pragma once
+
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#include "walk_cuda.cuh"
+
+namespace genkern {
+namespace {
+
+// Elements of a vector: 16 bytes of halves, or of float32.
+inline int vector_width(const MapArgs& args) {
+  if (args.f64) return 4;
+  for (int k = 0; k < kArrays; ++k)
+    if (given(args, k) && size_of(array_of(args, k).dtype) != 2) return 4;
+  return 8;
+}
+
+// The tiles of a permuted walk. of() says whether there are any: every array is dense, no quad straddles rows, and a
+// tile is worth a block.
+struct Tiles {
+  int32_t quad = 0, run = 1, pixels = 0;
+  int64_t blocks = 1;  // a sample
+
+  bool of(const Walk& walk, int vec) {
+    constexpr int64_t kLeast = 512;
+    if (!walk.dense) return false;
+    while (quad < walk.ndim && walk.strides[kIndex][quad] != 1) ++quad;
+    if (quad == walk.ndim || walk.sizes[quad] % vec != 0) return false;
+    for (int d = walk.ndim - 1; d > quad; --d) {
+      if (walk.sizes[d] * run * vec > kTile) return false;
+      run *= static_cast<int32_t>(walk.sizes[d]);
+    }
+    if (walk.sizes[quad] * run < kLeast) return false;
+    pixels = kTile / run / vec * vec;
+    for (int d = 0; d < quad; ++d) blocks *= walk.sizes[d];
+    blocks *= (walk.sizes[quad] + pixels - 1) / pixels;
+    return true;
+  }
+};
+
+inline Layout layout_of(const MapArgs& args, const Walk& walk) {
+  if (walk.linear) return Layout::linear;
+  return args.noise.draw_kind != Draw::none && Tiles().of(walk, vector_width(args)) ? Layout::permuted
+                                                                                    : Layout::strided;
+}
+
+// The terms of a pass, as kMapTerms and kReduceTerms have them. `reduced`: kResidual or 0.
+inline uint32_t terms_of(const MapArgs& args, uint32_t reduced) {
+  uint32_t found = terms(args.n_out, reduced);
+  for (int k = 0; k < kInputs; ++k)
+    if (args.in[k].data != nullptr) found |= 1u << k;
+  if (args.noise.draw_kind != Draw::none) found |= kDrawn;
+  return args.use_pred ? found | kPredicted : found;
+}
+
+// Whether there are known passes of these types, in whole aligned vectors; and of which types.
+inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types& types) {
+  if (args.f64 || args.noise.draw_kind == Draw::uniform) return false;
+  const auto size = [&](int k) { return size_of(array_of(args, k).dtype); };
+  const auto of_network = [&](int k) { return k == kM || k == kMUncond || (k == kInputs && reduced != 0); };
+  int state = 0, network = 0, least = 4;
+  for (int k = 0; k <= kInputs; ++k) {
+    if (!given(args, k) || k == kMask) continue;
+    int& common = of_network(k) ? network : state;
+    if (common != 0 && common != size(k)) return false;
+    common = size(k);
+    least = std::min(least, common);
+  }
+  if (state == 0) state = network;
+  for (int k = kInputs + 1; k < kInputs + args.n_out; ++k) {
+    if (size(k) > state) return false;
+    least = std::min(least, size(k));
+  }
+  if (state > 4 || network > state || (network == 4 && least == 2)) return false;
+  types = state == 2 ? Types::half : least == 2 ? Types::mixed : Types::f32;
+  const int vec = types == Types::half ? 8 : 4;
+  if (walk.n % vec != 0) return false;
+  for (int k = 0; k < kArrays; ++k) {
+    if (!given(args, k)) continue;
+    const int64_t bytes = std::min(16, vec * size(k));
+    if (reinterpret_cast<uintptr_t>(array_of(args, k).data) % bytes != 0) return false;
+    if (walk.batch != 1 && walk.batch_stride[k] * size(k) % bytes != 0) return false;
+  }
+  return true;
+}
+
+template <const auto& kTerms, Types kTypes, Layout kLayout, typename Operation, size_t... I>
+bool launch_terms(uint32_t terms, const Operation& operation, std::index_sequence<I...>) {
+  constexpr int kVec = kTypes == Types::half ? 8 : 4;
+  return ((terms == kTerms[I] &&
+           (operation.template launch<Vector<float, kVec, kLayout, Known<kTerms[I], kTypes>>>(), true)) ||
+          ...);
+}
+
+template <const auto& kTerms, Layout kLayout, typename Operation>
+bool launch_types(uint32_t terms, Types types, const Operation& operation) {
+  constexpr auto kAll = std::make_index_sequence<std::size(kTerms)>();
+  switch (types) {
+    case Types::f32: return launch_terms<kTerms, Types::f32, kLayout>(terms, operation, kAll);
+    case Types::mixed: return launch_terms<kTerms, Types::mixed, kLayout>(terms, operation, kAll);
+    default: return launch_terms<kTerms, Types::half, kLayout>(terms, operation, kAll);
+  }
+}
+
+// Launches the kernel that was compiled for this pass, if there is one.
+template <const auto& kLinear, const auto& kPermuted, typename Operation>
+bool launch_known(const MapArgs& args, const Walk& walk, uint32_t reduced, const Operation& operation) {
+  Types types;
+  if (!known(args, walk, reduced, types)) return false;
+  const uint32_t terms = terms_of(args, reduced);
+  if (walk.linear) return launch_types<kLinear, Layout::linear>(terms, types, operation);
+  return Tiles().of(walk, types == Types::half ? 8 : 4) &&
+         launch_types<kPermuted, Layout::permuted>(terms, types, operation);
+}
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+template <Layout kValue>
+using Lies = std::integral_constant<Layout, kValue>;
+
+// launch(Acc(), vector's elements, layout) of any pass.
+template <typename Launch>
+void launch_any(const MapArgs& args, const Walk& walk, Launch launch) {
+  const bool halves = vector_width(args) == 8;
+  switch (layout_of(args, walk)) {
+    case Layout::linear: {
+      constexpr Lies<Layout::linear> kLayout;
+      args.f64 ? launch(double(), Int<4>(), kLayout)
+      : halves ? launch(float(), Int<8>(), kLayout)
+               : launch(float(), Int<4>(), kLayout);
+      return;
+    }
+    case Layout::permuted: {
+      constexpr Lies<Layout::permuted> kLayout;
+      args.f64 ? launch(double(), Int<4>(), kLayout)
+      : halves ? launch(float(), Int<8>(), kLayout)
+               : launch(float(), Int<4>(), kLayout);
+      return;
+    }
+    default: {
+      constexpr Lies<Layout::strided> kLayout;
+      args.f64 ? launch(double(), Int<1>(), kLayout) : launch(float(), Int<1>(), kLayout);
+    }
+  }
+}
+
+template <typename Acc>
+void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
+  for (int k = 0; k < kArrays; ++k) {
+    pass.data[k] = nullptr;
+    if (!given(args, k)) continue;
+    const Array& array = array_of(args, k);
+    pass.data[k] = array.data;
+    pass.dtype[k] = array.dtype;
+    pass.batch_stride[k] = walk.batch_stride[k];
+    pass.given |= 1u << k;
+    const int64_t bytes = std::min(16, vec * size_of(array.dtype));
+    const bool rows_aligned = walk.batch == 1 || walk.batch_stride[k] * size_of(array.dtype) % bytes == 0;
+    if (reinterpret_cast<uintptr_t>(array.data) % bytes == 0 && rows_aligned) pass.aligned |= 1u << k;
+  }
+  pass.batch = walk.batch;
+  pass.n = walk.n;
+  pass.n_out = args.n_out;
+  pass.use_pred = args.use_pred;
+  pass.by_sample = args.rows.by_sample();
+  for (int c = 0; c < kMaxCells; ++c) pass.cells[c] = static_cast<Acc>(args.rows.base[c]);
+  pass.noise = args.noise;
+  pass.keys = philox_rounds(philox_key(args.noise.seed, args.noise.stream));
+  pass.rows = args.rows;
+}
+
+// Blocks from which on each may take several chunks, up to the number that a pass gains by. A fixed number, so that the
+// tree of a sum is the same on every device.
+constexpr int64_t kManyBlocks = 4096;
+
+// Chunks that a block gains by: a formula is evaluated once a block; normals of halves are bound by arithmetic, of
+// which the keys of the rounds are a part; elsewhere short blocks keep the memory busier than long ones.
+inline int most_chunks(const MapArgs& args, int vec) {
+  if (args.rows.formula != Formula::none) return 16;
+  return args.noise.draw_kind == Draw::none ? 1 : vec == 8 ? 8 : 2;
+}
+
+struct Launch {
+  dim3 block, grid;
+};
+
+// Blocks along a sample by groups of samples, the groups along y and z.
+inline Launch grid_of(dim3 block, int64_t blocks, int64_t batch) {
+  const int64_t groups = (batch + block.y - 1) / block.y, along_y = std::min<int64_t>(groups, 32768);
+  return {block, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(along_y),
+                      static_cast<unsigned>((groups + along_y - 1) / std::max<int64_t>(along_y, 1)))};
+}
+
+// Lays chunks of `unroll` vectors a thread over blocks.
+inline Launch lay_chunks(int64_t batch, int64_t n, int vec, int unroll, int most, int64_t& blocks, int32_t& chunks) {
+  const int64_t vectors = (n + vec - 1) / vec;
+  int tx = kThreads / kMaxRows;
+  while (tx < kThreads && static_cast<int64_t>(tx) * unroll < vectors) tx *= 2;
+  const int ty = kThreads / tx;
+  const int64_t chunk = static_cast<int64_t>(tx) * unroll, of_sample = (vectors + chunk - 1) / chunk;
+  const int64_t each = std::min<int64_t>(of_sample * ((batch + ty - 1) / ty) / kManyBlocks, most);
+  chunks = static_cast<int32_t>(std::max<int64_t>(each, 1));
+  blocks = (of_sample + chunks - 1) / chunks;
+  return grid_of(dim3(tx, ty), blocks, batch);
+}
+
+// Fills a pass in, and lays it over the device.
+template <typename V>
+Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pass) {
+  using Acc = typename V::Acc;
+  fill<Acc>(args, walk, V::kVec, pass);
+  if constexpr (V::kLayout != Layout::linear) {
+    pass.ndim = walk.ndim;
+    for (int d = 0; d < walk.ndim; ++d) {
+      pass.sizes[d] = walk.sizes[d];
+      for (int k = 0; k < kWalkArrays; ++k) pass.strides[k][d] = walk.strides[k][d];
+    }
+  }
+  if constexpr (V::kLayout == Layout::permuted) {
+    Tiles tiles;
+    tiles.of(walk, V::kVec);
+    pass.quad = tiles.quad, pass.run = tiles.run, pass.pixels = tiles.pixels;
+    pass.blocks = tiles.blocks, pass.chunks = 1;
+    return grid_of(dim3(kThreads), tiles.blocks, walk.batch);
+  } else {
+    return lay_chunks(walk.batch, walk.n, V::kVec, V::Facts::kUnroll, most, pass.blocks, pass.chunks);
+  }
+}
+
+// Null, or what the runtime says of the last launch.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace genkern

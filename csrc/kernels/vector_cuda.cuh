@@ -1,0 +1,193 @@
+// One thread's elements: fetched, the row applied, written.
+#pragma once
+
+#include <type_traits>
+
+#include "bytes_cuda.cuh"
+#include "pass_cuda.cuh"
+
+namespace genkern {
+namespace {
+
+// How elements lie. linear: every array and the noise's index in one order. permuted: every array in one order, the
+// index in another (channels_last). strided: anything.
+enum class Layout { linear, permuted, strided };
+
+// The address of element e of sample b, in array k.
+template <typename Acc>
+__device__ __forceinline__ char* address(const Pass<Acc>& pass, int k, int size, int64_t b, int64_t e) {
+  return static_cast<char*>(pass.data[k]) + (b * pass.batch_stride[k] + e) * size;
+}
+
+template <typename Acc>
+__device__ __forceinline__ char* strided_address(const StridedPass<Acc>& pass, int k, int size, int64_t b, int64_t e) {
+  int64_t offset = b * pass.batch_stride[k];
+  for (int d = pass.ndim - 1; d >= 0; --d) {
+    offset += e % pass.sizes[d] * pass.strides[k][d];
+    e /= pass.sizes[d];
+  }
+  return static_cast<char*>(pass.data[k]) + offset * size;
+}
+
+// The cells that a known pass uses, in registers.
+template <typename Acc, typename Facts>
+struct Cells {
+  Acc c[kMaxCells];
+
+  template <typename P>
+  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc>& shared) {
+    if (pass.by_sample) {
+      copy(pass, shared.rows[threadIdx.y]);
+    } else {
+      copy(pass, pass.cells);
+    }
+  }
+  template <typename P>
+  __device__ __forceinline__ void copy(const P& pass, const Acc* from) {
+    if (Facts::use_pred(pass)) c[kA] = from[kA], c[kB] = from[kB], c[kLo] = from[kLo], c[kHi] = from[kHi];
+    if (Facts::has(pass, kMUncond)) c[kW] = from[kW];
+#pragma unroll
+    for (int j = 0; j < Facts::kOuts; ++j) {
+      const int first = kFirstOut + kOutCells * j;
+      if (Facts::use_pred(pass)) c[first + kOutY] = from[first + kOutY];
+      if (Facts::has(pass, kX)) c[first + kOutX] = from[first + kOutX];
+      if (Facts::has(pass, kM)) c[first + kOutM] = from[first + kOutM];
+      if (Facts::has(pass, kH0)) c[first + kOutH0] = from[first + kOutH0];
+      if (Facts::kDraw || Facts::has(pass, kZ)) c[first + kOutZ] = from[first + kOutZ];
+    }
+  }
+  __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
+};
+
+// Those of any pass, where they lie.
+template <typename Acc, bool kWide, bool kDraws>
+struct Cells<Acc, Any<kWide, kDraws>> {
+  const Acc* c;
+
+  template <typename P>
+  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc>& shared)
+      : c(pass.by_sample ? shared.rows[threadIdx.y] : pass.cells) {}
+  __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
+};
+
+// kVec elements of sample b from e on, `count` of which exist.
+template <typename Acc_, int kVec_, Layout kLayout_, typename Facts_>
+struct Vector {
+  using Acc = Acc_;
+  using Facts = Facts_;
+  static constexpr Layout kLayout = kLayout_;
+  using Pass = std::conditional_t<kLayout == Layout::linear, genkern::Pass<Acc>, StridedPass<Acc>>;
+  static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
+  static constexpr int kBlocks = kLayout == Layout::linear ? Facts::kBlocks : 1;
+  // Vectors of 8 are of halves only.
+  static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
+
+  int64_t b, e;
+  int count;
+  Raw<kWords> x, m, u, h[kHs > 0 ? kHs : 1], z;
+  Raw<(kWords > kVec ? kWords : kVec)> mask;  // of any type beside halves
+
+  __device__ __forceinline__ bool whole(const Pass& pass, int k) const {
+    return Facts::kKnown || (kLayout != Layout::strided && kVec > 1 && count == kVec && (pass.aligned >> k & 1u) != 0);
+  }
+
+  __device__ __forceinline__ char* at(const Pass& pass, int k, int size) const {
+    if constexpr (kLayout == Layout::strided) {
+      return strided_address(pass, k, size, b, e);
+    } else {
+      return address<Acc>(pass, k, size, b, e);
+    }
+  }
+
+  template <int kRawWords>
+  __device__ __forceinline__ void fetch_one(const Pass& pass, int k, Raw<kRawWords>& raw) {
+    if (!Facts::has(pass, k)) return;
+    const int size = size_of(Facts::dtype(pass, k));
+    load_bytes<kVec>(at(pass, k, size), size, whole(pass, k), count, raw);
+  }
+
+  // Elements from `element` to `end` at most; a known pass has whole vectors only.
+  __device__ __forceinline__ void fetch(const Pass& pass, int64_t sample, int64_t element, int64_t end) {
+    b = sample, e = element;
+    const int64_t left = b < pass.batch ? end - e : 0;
+    count = left <= 0 ? 0 : Facts::kKnown || left >= kVec ? kVec : static_cast<int>(left);
+    if (count == 0) return;
+    fetch_one(pass, kX, x);
+    fetch_one(pass, kM, m);
+    fetch_one(pass, kMUncond, u);
+#pragma unroll
+    for (int k = 0; k < kHs; ++k) fetch_one(pass, kH0 + k, h[k]);
+    if constexpr (!Facts::kDraw) fetch_one(pass, kZ, z);
+    fetch_one(pass, kMask, mask);
+  }
+
+  // out[j][i], by the order of arithmetic of rows.h. draw(values): the noise of these elements.
+  template <typename Draw>
+  __device__ __forceinline__ void apply(const Pass& pass, const Cells<Acc, Facts>& cells, Draw draw,
+                                        Acc (*out)[kVec]) const {
+    // fma(c, term, -0) is the product c * term to the bit, so that no term need know whether it is the first.
+#pragma unroll
+    for (int j = 0; j < kOuts; ++j)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) out[j][i] = Acc(-0.0);
+    auto add = [&](const Acc* term, int cell) {
+#pragma unroll
+      for (int j = 0; j < kOuts; ++j) {
+        if (j >= Facts::n_out(pass)) break;
+        const Acc c = cells[kFirstOut + kOutCells * j + cell];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) out[j][i] = fma_(c, term[i], out[j][i]);
+      }
+    };
+    const bool has_x = Facts::has(pass, kX), has_m = Facts::has(pass, kM);
+    Acc xs[kVec], ms[kVec];
+    if (has_x) decode<Acc, kVec>(x, Facts::dtype(pass, kX), xs);
+    if (has_m) decode<Acc, kVec>(m, Facts::dtype(pass, kM), ms);
+    if (Facts::has(pass, kMUncond)) {
+      Acc us[kVec];
+      decode<Acc, kVec>(u, Facts::dtype(pass, kMUncond), us);
+      const Acc w = cells[kW];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) ms[i] = fma_(w, ms[i] - us[i], us[i]);
+    }
+    if (Facts::use_pred(pass)) {
+      const Acc a = cells[kA], p = cells[kB], lo = cells[kLo], hi = cells[kHi];
+      Acc y[kVec];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        y[i] = has_x ? a * xs[i] : Acc(-0.0);
+        if (has_m) y[i] = fma_(p, ms[i], y[i]);
+        y[i] = clamp(y[i], lo, hi);
+      }
+      add(y, kOutY);
+    }
+    if (has_x) add(xs, kOutX);
+    if (has_m) add(ms, kOutM);
+#pragma unroll
+    for (int k = 0; k < kHs; ++k) {
+      if (Facts::has(pass, kH0 + k)) {
+        Acc hs[kVec];
+        decode<Acc, kVec>(h[k], Facts::dtype(pass, kH0 + k), hs);
+        add(hs, kOutH0 + k);
+      }
+    }
+    if constexpr (Facts::kDraw) {
+      Acc zs[kVec];
+      draw(zs);
+      add(zs, kOutZ);
+    } else if (Facts::has(pass, kZ)) {
+      Acc zs[kVec];
+      decode<Acc, kVec>(z, Facts::dtype(pass, kZ), zs);
+      add(zs, kOutZ);
+    }
+  }
+
+  __device__ __forceinline__ void put(const Pass& pass, int j, const Acc* values) const {
+    const int k = kInputs + j;
+    const DType dtype = Facts::dtype(pass, k);
+    store<Acc, kVec>(at(pass, k, size_of(dtype)), dtype, whole(pass, k), count, values);
+  }
+};
+
+}  // namespace
+}  // namespace genkern

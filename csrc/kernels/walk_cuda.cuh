@@ -1,0 +1,147 @@
+// The walk of a block's threads over the vectors of a pass, and the noise of each.
+#pragma once
+
+#include "vector_cuda.cuh"
+
+namespace genkern {
+namespace {
+
+// The noise of one sample: four numbers an index that 4 divides.
+template <typename Facts, typename Acc>
+struct Quads {
+  PhiloxRounds keys;
+  uint32_t draw, low, high;
+  bool normal;
+
+  __device__ __forceinline__ Quads(const Pass<Acc>& pass, const Shared<Acc>& shared, int64_t b) {
+    if constexpr (Facts::kDraw) {
+      const NoiseSource& source = pass.noise;
+      const bool on_device = source.device_key != nullptr;
+      keys = on_device ? shared.keys : pass.keys;
+      draw = source.draw + (on_device ? static_cast<uint32_t>(source.device_key[2]) : 0u);
+      const int64_t id = source.sample_ids != nullptr && b < pass.batch ? source.sample_ids[b] : b;
+      low = static_cast<uint32_t>(id), high = static_cast<uint32_t>(static_cast<uint64_t>(id) >> 32);
+      normal = Facts::kKnown || source.draw_kind == Draw::normal;
+    }
+  }
+
+  __device__ __forceinline__ Floats4 operator()(int64_t index) const {
+    const Words4 words = philox4x32_10(static_cast<uint32_t>(index / 4), draw, low, high, keys);
+    return normal ? normal4(words) : uniform4(words);
+  }
+};
+
+// The C-order index of element e of a walk.
+template <typename Acc>
+__device__ __forceinline__ int64_t index_of(const StridedPass<Acc>& pass, int64_t e, int first, int last) {
+  int64_t index = 0;
+  for (int d = last; d >= first; --d) {
+    index += e % pass.sizes[d] * pass.strides[kIndex][d];
+    e /= pass.sizes[d];
+  }
+  return index;
+}
+
+// linear, strided: a thread's part of the block's chunks, kUnroll vectors of each.
+template <typename V, typename Consume>
+__device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared<typename V::Acc>& shared,
+                                            Consume consume) {
+  using Acc = typename V::Acc;
+  constexpr int kUnroll = V::Facts::kUnroll;
+  const int64_t b = sample_of_thread();
+  V vectors[kUnroll];
+  int64_t chunk = static_cast<int64_t>(blockIdx.x) * pass.chunks;
+  const auto fetch = [&] {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      vectors[i].fetch(pass, b, ((chunk * kUnroll + i) * blockDim.x + threadIdx.x) * V::kVec, pass.n);
+  };
+  fetch();
+  share<V::Facts::kDraw>(pass, b, shared);
+  const Cells<Acc, typename V::Facts> cells(pass, shared);
+  const Quads<typename V::Facts, Acc> quads(pass, shared, b);
+  for (int done = 1;; ++done) {
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const V& vector = vectors[k];
+      if (vector.count == 0) continue;
+      consume(vector, cells, [&](Acc* values) {
+        if constexpr (V::kLayout == Layout::strided) {
+          const int64_t index = index_of(pass, vector.e, 0, pass.ndim - 1);
+          const Floats4 four = quads(index);
+          const int lane = static_cast<int>(index & 3);
+          values[0] = lane == 0 ? four.v[0] : lane == 1 ? four.v[1] : lane == 2 ? four.v[2] : four.v[3];
+        } else {
+#pragma unroll
+          for (int q = 0; q < V::kVec / 4; ++q) {
+            const Floats4 four = quads(vector.e + 4 * q);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[4 * q + i] = four.v[i];
+          }
+        }
+      });
+    }
+    if (done >= pass.chunks) return;
+    ++chunk;
+    fetch();
+  }
+}
+
+// permuted: along the dimension of index stride 1 (`quad`), a quad's numbers are a whole run of the faster dimensions
+// apart. A block draws the numbers of a tile, `pixels` along that dimension by all the faster ones, into shared memory
+// in the order of memory, and then walks the tile, which memory holds in one piece.
+template <typename V, typename Consume>
+__device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<typename V::Acc>& shared,
+                                          Consume consume) {
+  using Acc = typename V::Acc;
+  constexpr int kVectors = kTile / kThreads / V::kVec;
+  __shared__ __align__(16) float tile[kTile];
+  const int64_t b = sample_of_thread();
+  const int64_t along = pass.sizes[pass.quad], tiles = (along + pass.pixels - 1) / pass.pixels;
+  const int64_t outer = blockIdx.x / tiles, pixel = blockIdx.x % tiles * pass.pixels;
+  const int64_t begin = (outer * along + pixel) * pass.run;
+  const int pixels = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels);
+  const int size = pixels * pass.run;
+  const auto offset = [](int k) { return (k * kThreads + static_cast<int>(threadIdx.x)) * V::kVec; };
+  // A known pass has its loads in flight while the noise is drawn.
+  V vectors[V::Facts::kKnown ? kVectors : 1];
+  if constexpr (V::Facts::kKnown) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
+  }
+  share<true>(pass, b, shared);
+  const Cells<Acc, typename V::Facts> cells(pass, shared);
+  const Quads<typename V::Facts, Acc> quads(pass, shared, b);
+  const int64_t first = index_of(pass, outer, 0, pass.quad - 1) + pixel;
+  for (int j = threadIdx.x; j < size / 4; j += kThreads) {
+    const int four = j / pass.run, c = j % pass.run;
+    const Floats4 z = quads(first + 4 * four + index_of(pass, c, pass.quad + 1, pass.ndim - 1));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile[(4 * four + i) * pass.run + c] = z.v[i];
+  }
+  __syncthreads();
+#pragma unroll(V::Facts::kKnown ? kVectors : 1)
+  for (int k = 0; k < kVectors; ++k) {
+    V& vector = vectors[V::Facts::kKnown ? k : 0];
+    if constexpr (!V::Facts::kKnown) vector.fetch(pass, b, begin + offset(k), begin + size);
+    if (vector.count == 0) continue;
+    consume(vector, cells, [&](Acc* values) {
+      const float* from = tile + offset(k);
+#pragma unroll
+      for (int i = 0; i < V::kVec; ++i) values[i] = from[i];
+    });
+  }
+}
+
+// consume(vector, cells, draw) takes each of this thread's vectors that holds elements.
+template <typename V, typename Consume>
+__device__ __forceinline__ void walk(const typename V::Pass& pass, Shared<typename V::Acc>& shared, Consume consume) {
+  if constexpr (V::kLayout == Layout::permuted) {
+    walk_tile<V>(pass, shared, consume);
+  } else {
+    walk_chunks<V>(pass, shared, consume);
+  }
+}
+
+}  // namespace
+}  // namespace genkern
