@@ -66,7 +66,7 @@ constexpr uint32_t kReduceTerms[] = {
 
 constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
 
-// Types of a known pass. mixed: a float32 state and a network's output of 16 bits.
+// Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
 enum class Types { f32, mixed, half };
 
 // Any pass; kWide: with room for all terms and outputs, else for those of the common passes.
@@ -75,6 +75,7 @@ struct Any {
   static constexpr bool kKnown = false, kDraw = kDraws;
   static constexpr int kHs = kWideTerms ? kMaxH : 1;
   static constexpr int kOuts = kWideTerms ? kMaxOuts : 1;
+  static constexpr bool kScales = false;
   static constexpr int kUnroll = 1, kBlocks = 1;
 
   template <typename Pass>
@@ -102,6 +103,8 @@ struct Known {
   static constexpr int kOuts = static_cast<int>(kTerms >> kOutsShift);
   static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) +
                                       ((kTerms & H) != 0) + ((kTerms & Z) != 0) + ((kTerms & Mask) != 0);
+  // One term scaled into one output: nothing to do where that is the term itself and the scale 1.
+  static constexpr bool kScales = kTerms == terms(1, X);
   // Vectors that a thread has in flight, as they were fastest on an H100.
   static constexpr int kUnroll = kDraw                    ? (kTypes != Types::half && kInputsGiven + kOuts <= 2 ? 2 : 1)
                                  : kInputsGiven == 1      ? 4
@@ -128,6 +131,7 @@ struct Known {
     if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
     const bool of_network = k == kM || k == kMUncond || (k == kInputs && (kTerms & kResidual) != 0);
     if (of_network) return sixteen(pass.dtype[k]);
+    if (k >= kH0 && k <= kH2) return pass.dtype[k] == DType::f32 ? DType::f32 : sixteen(pass.dtype[k]);
     return k < kMask || k == kInputs ? DType::f32 : pass.dtype[k];
   }
 

@@ -63,16 +63,17 @@ inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types
   const auto of_network = [&](int k) { return k == kM || k == kMUncond || (k == kInputs && reduced != 0); };
   int state = 0, network = 0, least = 4;
   for (int k = 0; k <= kInputs; ++k) {
-    if (!given(args, k) || k == kMask) continue;
+    if (!given(args, k) || k == kMask || (k >= kH0 && k <= kH2)) continue;
     int& common = of_network(k) ? network : state;
     if (common != 0 && common != size(k)) return false;
     common = size(k);
     least = std::min(least, common);
   }
   if (state == 0) state = network;
-  for (int k = kInputs + 1; k < kInputs + args.n_out; ++k) {
-    if (size(k) > state) return false;
-    least = std::min(least, size(k));
+  for (int k = kH0; k < kInputs + args.n_out; ++k) {
+    const bool either = (k <= kH2 && given(args, k)) || k > kInputs;
+    if (either && size(k) > state) return false;
+    if (either) least = std::min(least, size(k));
   }
   if (state > 4 || network > state || (network == 4 && least == 2)) return false;
   types = state == 2 ? Types::half : least == 2 ? Types::mixed : Types::f32;
@@ -176,9 +177,16 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
 // tree of a sum is the same on every device.
 constexpr int64_t kManyBlocks = 4096;
 
+// A gradient scaled where it lies: blocks that find 1 for a scale are done.
+inline bool scales_in_place(const MapArgs& args) {
+  return args.rows.by_sample() && args.in[kX].data == args.out[0].data && args.in[kX].dtype == args.out[0].dtype &&
+         terms_of(args, 0) == terms(1, X);
+}
+
 // Chunks that a block gains by: a formula is evaluated once a block; normals of halves are bound by arithmetic, of
 // which the keys of the rounds are a part; elsewhere short blocks keep the memory busier than long ones.
 inline int most_chunks(const MapArgs& args, int vec) {
+  if (scales_in_place(args)) return 16;
   if (args.rows.formula != Formula::none) return 16;
   return args.noise.draw_kind == Draw::none ? 1 : vec == 8 ? 8 : 2;
 }

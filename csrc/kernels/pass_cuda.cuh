@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxRows = 64;  // samples a block
-constexpr int kTile = 4096;   // elements of a permuted walk that a block takes
+constexpr int kTile = 2048;   // elements of a permuted walk that a block takes
 constexpr int kArrays = kInputs + kMaxOuts;
 
 template <typename Acc>

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
       if (i >= vector.count) break;
       const Acc weight = masked ? mask[i] : Acc(1);
       Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
-      elements += weight;
+      if (masked) elements += weight;
       if (rho == Rho::square) {
         sum = fma_(weight * v, v, sum);
       } else {
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
       }
       r[0][i] = weight * v;
     }
+    if (!masked) elements += static_cast<Acc>(vector.count);
     vector.put(pass, 0, r[0]);
   });
   const int at = threadIdx.y * blockDim.x + threadIdx.x;

@@ -49,6 +49,14 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared
   using Acc = typename V::Acc;
   constexpr int kUnroll = V::Facts::kUnroll;
   const int64_t b = sample_of_thread();
+  bool scales = false;
+  if constexpr (V::Facts::kScales) {
+    scales = pass.by_sample && pass.data[kX] == pass.data[kInputs] && pass.dtype[kX] == pass.dtype[kInputs];
+    if (scales) {
+      share<false>(pass, b, shared);
+      if (b >= pass.batch || shared.rows[threadIdx.y][kFirstOut + kOutX] == Acc(1)) return;
+    }
+  }
   V vectors[kUnroll];
   int64_t chunk = static_cast<int64_t>(blockIdx.x) * pass.chunks;
   const auto fetch = [&] {
@@ -57,7 +65,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared
       vectors[i].fetch(pass, b, ((chunk * kUnroll + i) * blockDim.x + threadIdx.x) * V::kVec, pass.n);
   };
   fetch();
-  share<V::Facts::kDraw>(pass, b, shared);
+  if (!scales) share<V::Facts::kDraw>(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   for (int done = 1;; ++done) {
@@ -86,6 +94,10 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared
     fetch();
   }
 }
+
+// Where number i of a tile lies: groups of four swap places within eight, so that numbers 4 or 16 apart, as
+// channels_last images of 4 channels have them, are in different banks. Four in a row stay so.
+__device__ __forceinline__ int in_banks(int i) { return i ^ (i >> 3 & 28); }
 
 // permuted: along the dimension of index stride 1 (`quad`), a quad's numbers are a whole run of the faster dimensions
 // apart. A block draws the numbers of a tile, `pixels` along that dimension by all the faster ones, into shared memory
@@ -117,7 +129,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
     const int four = j / pass.run, c = j % pass.run;
     const Floats4 z = quads(first + 4 * four + index_of(pass, c, pass.quad + 1, pass.ndim - 1));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[(4 * four + i) * pass.run + c] = z.v[i];
+    for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * pass.run + c)] = z.v[i];
   }
   __syncthreads();
 #pragma unroll(V::Facts::kKnown ? kVectors : 1)
@@ -126,9 +138,8 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
     if constexpr (!V::Facts::kKnown) vector.fetch(pass, b, begin + offset(k), begin + size);
     if (vector.count == 0) continue;
     consume(vector, cells, [&](Acc* values) {
-      const float* from = tile + offset(k);
 #pragma unroll
-      for (int i = 0; i < V::kVec; ++i) values[i] = from[i];
+      for (int i = 0; i < V::kVec; ++i) values[i] = tile[in_banks(offset(k) + i)];
     });
   }
 }
