@@ -1,0 +1,206 @@
+"""gk.Loop: the owner of captured loops, and those that cuda_graph=True keeps beside a model.
+
+A capture serves calls of one kind: the same shape, dtypes, stages (sampler and grid), guidance or none, shapes of the
+conditions, autocast; and the model as it was: parameters and buffers at their addresses, its modules, train or eval
+mode. Another kind is another capture, and a model that has changed is captured anew. Of each Loop the CAPTURES used
+last are kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..samplers import loop
+from ..samplers.table import Stage
+from .capture import Uncapturable
+from .plan import Plan, kind_of
+from .watch import Watch
+
+CAPTURES = 8
+
+
+class Loop:
+    """Sampling with captured CUDA graphs, which the object owns and replays.
+
+        flow = gk.FlowMatching()
+        loop = gk.Loop(flow, model)
+        for seed in range(100):
+            images = loop.sample((64, 3, 32, 32), steps=50, seed=seed)
+
+    The first call of a kind captures the loop, further ones replay it: with their own seed, conditions, guidance scale
+    and initial state, and the same results as without a Loop, which no later call overwrites. `flow.sample(model, ...,
+    cuda_graph=True)` does the same with captures that live as long as the model; other methods of a family take a Loop
+    as `cuda_graph=loop`.
+
+    What the model reads beside x, t, its conditions, parameters and buffers is captured as it is: numbers among its
+    attributes, tensors that it makes only once. Parameters changed in place are seen, moved or replaced ones captured
+    anew. A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device
+    or is captured already (torch.compile with mode="reduce-overhead"). One warning says so, and `refusal` why.
+
+    A Loop is not shared between threads.
+
+    Args:
+        method: a Diffusion, FlowMatching, RectifiedFlow or Consistency.
+        model: as its sample() takes it.
+
+    Raises:
+        TypeError: the method has no sample(), or the model cannot be called.
+    """
+
+    def __init__(self, method: Any, model: Any) -> None:
+        if not callable(getattr(method, "sample", None)):
+            raise TypeError(f"method: expected an object with sample(), got {type(method).__name__}")
+        if not callable(model):
+            raise TypeError(f"model: expected a callable, got {type(model).__name__}")
+        self.method, self.model = method, model
+        self._captures = Captures()
+
+    def sample(self, shape: Sequence[int] | None = None, **options: Any) -> Any:
+        """method.sample(model, shape, **options), captured.
+
+        Raises:
+            RuntimeError: the Loop is running already, in another thread or in a callback of its own.
+            ValueError, TypeError: as the method's sample().
+        """
+        if "cuda_graph" in options:
+            raise TypeError("cuda_graph: expected none in Loop.sample(), which captures")
+        return self.method.sample(self.model, shape, cuda_graph=self, **options)
+
+    def clear(self) -> None:
+        """Gives up the captures and their memory."""
+        self._captures.clear()
+
+    def __len__(self) -> int:
+        """How many kinds of calls are captured."""
+        return len(self._captures)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the last call ran uncaptured; None where it was captured."""
+        return self._captures.refusal
+
+
+class _Entry:
+    """A capture of one kind, or why there is none."""
+
+    def __init__(self, kind: Hashable, stages: Sequence[Stage], model: Any) -> None:
+        self.kind, self.stages, self.watch = kind, stages, Watch(model)
+        self.plan: Plan | None = None
+        self.refusal: str | None = None
+
+    def serves(self, kind: Hashable, stages: Sequence[Stage]) -> bool:
+        return self.kind == kind and (self.stages is stages or self.stages == stages)
+
+
+class Captures:
+    """The captures of one model, those used last at the end; it does not keep the model alive."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+        self._running = threading.Lock()
+        self._warned: set[str] = set()
+        self.refusal: str | None = None
+
+    def __len__(self) -> int:
+        return sum(entry.plan is not None for entry in self._entries)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def walk(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
+        """As samplers.loop.walk, captured where that can be."""
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "cuda_graph: expected a Loop that is not running, got one that another thread or the callback's own "
+                "call runs; a Loop is not shared"
+            )
+        try:
+            entry = self._entry(task, part)
+            if entry.refusal is None:
+                try:
+                    return self._captured(entry, task, part, tick)
+                except Uncapturable as reason:
+                    entry.plan, entry.refusal = None, str(reason)
+            self._refused(entry.refusal, task.model)
+        finally:
+            self._running.release()
+        return loop.walk(task, part, tick)
+
+    def _captured(
+        self, entry: _Entry, task: loop.Run, part: loop.Part, tick: Callable[[], object]
+    ) -> tuple[Tensor, list[Tensor]]:
+        # Buffers made under inference mode could not be written outside it; a cache of autocast would be freed while
+        # the graphs read from it.
+        kind = task.device.type
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(
+                kind,
+                dtype=torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=False,
+            ),
+        ):
+            if entry.plan is None:
+                entry.plan = Plan(task, part)
+            found = entry.plan.run(task, part, tick)
+        self.refusal = None
+        return found
+
+    def _entry(self, task: loop.Run, part: loop.Part) -> _Entry:
+        """The entry that serves a call, made where there is none or the model has changed; it moves to the end."""
+        kind = kind_of(task, part)
+        entry = next((entry for entry in self._entries if entry.serves(kind, task.stages)), None)
+        if entry is not None:
+            self._entries.remove(entry)
+        if entry is None or not entry.watch.holds(task.model):
+            entry = _Entry(kind, task.stages, task.model)
+        self._entries.append(entry)
+        del self._entries[:-CAPTURES]
+        return entry
+
+    def _refused(self, reason: str | None, model: Any) -> None:
+        self.refusal = reason
+        if reason is not None and reason not in self._warned:
+            self._warned.add(reason)
+            name = getattr(model, "__name__", type(model).__name__)
+            warnings.warn(f"cuda_graph: {name} runs uncaptured: {reason}", stacklevel=2)
+
+
+def captures_of(cuda_graph: Any, model: Any) -> Captures:
+    """The captures that the option names: those of a Loop, or those beside the model.
+
+    Raises:
+        TypeError: neither True nor a Loop; a model that nothing can be kept beside.
+        ValueError: another model's Loop.
+    """
+    if isinstance(cuda_graph, Loop):
+        if cuda_graph.model is not model and cuda_graph.model != model:
+            raise ValueError("cuda_graph: expected a Loop of this model, got another model's")
+        return cuda_graph._captures
+    if cuda_graph is not True:
+        raise TypeError(f"cuda_graph: expected a bool or a Loop, got {type(cuda_graph).__name__}")
+    # A bound method is another object at every look: what it is bound to lives.
+    bound = isinstance(model, types.MethodType)
+    owner, name = (model.__self__, model.__func__) if bound else (model, None)
+    known = vars(_beside)
+    try:
+        kept = known.setdefault("captures", weakref.WeakKeyDictionary()).setdefault(owner, {})
+    except TypeError:
+        raise TypeError(
+            f"cuda_graph: expected a model that is hashable and can be referenced weakly, got "
+            f"{type(owner).__name__}; a genkern.Loop takes any"
+        ) from None
+    return kept.setdefault(name, Captures())
+
+
+_beside = threading.local()  # a thread's own, as a Loop is not shared

@@ -1,0 +1,217 @@
+"""A loop of one kind, captured: its own buffers, inputs and tables, and the graphs that are replayed over them.
+
+There are two ways to replay the same passes, with the same bits:
+
+    whole    all stages as one graph, each with its row's numbers captured in its pass; where a step is short
+    steps    one graph a kind of step, replayed stage by stage: the row is read from a table by the stage's number, both
+             in device memory. Steps are of one kind that differ in numbers alone and write the same buffers: so the two
+             states that the loop alternates between make two kinds of most samplers, and no pass copies a state.
+
+Inputs of a call are copied in: conditions, guidance, sample ids, given noise of a step, the initial state; its results
+are copied out. Between two replays of `steps` there is room for callbacks, trajectories and given noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..noise import Noise
+from ..rows import W
+from ..samplers import loop, network
+from ..samplers.passes import Buffers, Live, Update
+from . import conditions
+from .capture import Capture, Graph, capture_on
+from .moments import Moment, Moments
+
+SHORT = 100e-6  # seconds of a step, below which the gaps between graphs would be felt
+
+
+def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
+    """What must be equal, beside the stages and the model, for two calls to be served by one plan."""
+    kind = task.device.type
+    start = None if task.start is None else task.start.stride()
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return (
+        part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
+        part.noise.sample_ids is None, task.step_noise is None, conditions.signature(part.cond),
+        _guidance_kind(part.guidance), autocast,
+    )  # fmt: skip
+
+
+def _guidance_kind(guidance: Any) -> Hashable:
+    return (guidance.shape, guidance.dtype) if isinstance(guidance, Tensor) else guidance is not None
+
+
+@dataclasses.dataclass
+class _Step:
+    """A kind of step: its pass, its tables of rows, and its graph once it is captured."""
+
+    first: int
+    update: Update
+    tables: list[Tensor]  # those with guidance scales
+    graph: Graph | None = None
+
+
+class Plan:
+    """Buffers, tables and graphs of a kind of run.
+
+    Raises:
+        Uncapturable: the device has no graphs. prepare() raises it where the network cannot be captured.
+    """
+
+    def __init__(self, task: loop.Run, part: loop.Part) -> None:
+        self._capture: Capture = capture_on(task.device)
+        self._stages, self._n, self._dtype = list(task.stages), part.n, task.dtype
+        self._guided = task.uncond is not None
+        self._buffers = Buffers(task, part.n)
+        self._cond = conditions.static(part.cond)
+        self._ids = None
+        if part.noise.sample_ids is not None:
+            self._ids = torch.empty(part.n, dtype=torch.int64, device=task.device)
+        self._guidance = _static_guidance(part.guidance, task.device)
+        by_sample = self._guidance is not None and self._guidance.numel() > 1
+        calls = 2 * part.n if self._guided else part.n
+        n_rows = part.n if by_sample else 1
+        self._moments = Moments(self._stages, n_rows, calls, task.time_dtype, task.device)
+        self._z = torch.zeros_like(self._buffers.at(0)[0]) if task.step_noise is not None else None
+        self._takes_z = [self._z is not None and stage.out.z != 0.0 for stage in self._stages]
+        self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
+        self._passes = [
+            Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
+            for i in range(len(self._stages))
+        ]
+        self._steps: dict[Hashable, _Step] = {}
+        self._step_of: list[_Step] = []
+        self._tabulate(task)
+        self._whole: Graph | None = None
+        self._short: bool | None = None
+
+    def _tabulate(self, task: loop.Run) -> None:
+        """The kinds of steps, and for each a table with a line for every stage."""
+        kinds = [
+            (self._passes[i].kind, self._takes_z[i], i == 0 and bool(stage.out.h) and not stage.reads)
+            for i, stage in enumerate(self._stages)
+        ]
+        arithmetic = torch.float64 if self._dtype == torch.float64 else torch.float32
+        now, n_rows = self._moments.now, self._moments.now.rows.numel()
+        for i, kind in enumerate(kinds):
+            if kind not in self._steps:
+                alike = [update if other == kind else None for update, other in zip(self._passes, kinds, strict=True)]
+                cells = _table([None if u is None else u.cells for u in alike], arithmetic, task.device)
+                table = cells.repeat_interleave(n_rows, dim=0)
+                copied = [None if u is None else u.copy_cells for u in alike]
+                copies = None
+                if self._passes[i].copy_cells is not None:
+                    copies = _table(copied, arithmetic, task.device)
+                live = Live(now.key, table, now.rows, copies, now.stage)
+                scale = None if self._guidance is None else 1.0  # a placeholder: the table has the scale
+                update = Update(task, self._buffers, i, self._noise, scale, live)
+                self._steps[kind] = _Step(i, update, [] if self._guidance is None else [table])
+            self._step_of.append(self._steps[kind])
+
+    def run(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
+        """As samplers.loop.walk."""
+        with self._capture.turn(self._tensors):
+            self._copy_in(part)
+            by_steps = task.watched or self._z is not None
+            self._prepare(task, part, by_steps)
+            x, _ = loop.begin(task, part, self._buffers)
+            kept = [x.clone()] if task.return_trajectory else []
+            if not by_steps and self._short:
+                assert self._whole is not None
+                self._whole.replay()
+            else:
+                for i, (stage, step) in enumerate(zip(self._stages, self._step_of, strict=True)):
+                    z = loop.given_noise(task, part, stage)
+                    if z is not None and self._z is not None:
+                        self._z.copy_(z)
+                    self._moments.tell(i)
+                    assert step.graph is not None
+                    step.graph.replay()
+                    if task.watched:
+                        loop.observe(task, stage, self._buffers.at(i)[0], kept, tick)
+            return self._buffers.at(len(self._stages) - 1)[0].clone(), kept
+
+    def _prepare(self, task: loop.Run, part: loop.Part, by_steps: bool) -> None:
+        """Captures what the run replays and is not captured yet.
+
+        Raises:
+            Uncapturable: the network cannot be captured.
+        """
+        if self._short is None:
+            loop.begin(task, part, self._buffers)
+            self._capture.warm_up(lambda: self._each_kind(task.model))
+            first = self._step_of[0]
+            self._record_step(first, task.model)
+            assert first.graph is not None
+            self._moments.tell(0)
+            self._short = self._capture.seconds(first.graph) < SHORT
+        if by_steps or not self._short:
+            for step in self._steps.values():
+                if step.graph is None:
+                    self._record_step(step, task.model)
+        elif self._whole is None:
+            loop.begin(task, part, self._buffers)
+            self._all_stages(task.model)  # loads the kernels that take their row from the call
+            self._whole = self._capture.record(lambda: self._all_stages(task.model))
+
+    def _record_step(self, step: _Step, model: Any) -> None:
+        now = self._moments.now
+        step.graph = self._capture.record(lambda: self._stage(model, step.first, step.update, now))
+
+    def _each_kind(self, model: Any) -> None:
+        for step in self._steps.values():
+            self._moments.tell(step.first)
+            self._stage(model, step.first, step.update, self._moments.now)
+
+    def _all_stages(self, model: Any) -> None:
+        for i, update in enumerate(self._passes):
+            self._stage(model, i, update, self._moments.of(i))
+
+    def _stage(self, model: Any, i: int, update: Update, moment: Moment) -> None:
+        x, seen = self._buffers.at(i - 1)
+        before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
+        m, m_uncond = network.called(model, seen, moment.times, self._cond, self._dtype, self._guided)
+        update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+
+    def _copy_in(self, part: loop.Part) -> None:
+        self._moments.set_noise(part.noise)
+        conditions.fill(self._cond, part.cond)
+        if self._ids is not None:
+            self._ids.copy_(part.noise.sample_ids)
+        if self._guidance is None:
+            return
+        if isinstance(part.guidance, Tensor):
+            self._guidance.copy_(part.guidance)
+        else:
+            self._guidance.fill_(part.guidance)
+        for step in self._steps.values():
+            for table in step.tables:
+                lines = table.reshape(len(self._stages), -1, table.shape[1])
+                lines[:, :, W] = self._guidance
+
+    def _tensors(self) -> list[Tensor]:
+        given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
+        return [*self._buffers.tensors(), *self._moments.tensors(), *given, *conditions.tensors(self._cond)]
+
+
+def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:
+    """A tensor for the scale, which holds a number in float64, as the host does."""
+    if guidance is None:
+        return None
+    if isinstance(guidance, Tensor):
+        wide = guidance.dtype if guidance.dtype.itemsize >= 4 else torch.float32
+        return torch.empty(guidance.numel(), dtype=wide, device=device)
+    return torch.empty(1, dtype=torch.float64, device=device)
+
+
+def _table(lines: Sequence[Sequence[float] | None], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows on the device; NaN in the lines of stages of other kinds."""
+    width = next(len(line) for line in lines if line is not None)
+    full = [[float("nan")] * width if line is None else list(line) for line in lines]
+    return torch.tensor(full, dtype=dtype).to(device)
