@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..samplers import loop
@@ -137,22 +136,9 @@ class Captures:
     def _captured(
         self, entry: _Entry, task: loop.Run, part: loop.Part, tick: Callable[[], object]
     ) -> tuple[Tensor, list[Tensor]]:
-        # Buffers made under inference mode could not be written outside it; a cache of autocast would be freed while
-        # the graphs read from it.
-        kind = task.device.type
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(
-                kind,
-                dtype=torch.get_autocast_dtype(kind),
-                enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=False,
-            ),
-        ):
-            if entry.plan is None:
-                entry.plan = Plan(task, part)
-            found = entry.plan.run(task, part, tick)
+        if entry.plan is None:
+            entry.plan = Plan(task, part)
+        found = entry.plan.run(task, part, tick)
         self.refusal = None
         return found
 

@@ -66,6 +66,10 @@ class Plan:
 
     def __init__(self, task: loop.Run, part: loop.Part) -> None:
         self._capture: Capture = capture_on(task.device)
+        with torch.inference_mode(False):  # what is made under it could not be written outside it
+            self._make(task, part)
+
+    def _make(self, task: loop.Run, part: loop.Part) -> None:
         self._stages, self._n, self._dtype = list(task.stages), part.n, task.dtype
         self._guided = task.uncond is not None
         self._buffers = Buffers(task, part.n)
@@ -119,7 +123,9 @@ class Plan:
         with self._capture.turn(self._tensors):
             self._copy_in(part)
             by_steps = task.watched or self._z is not None
-            self._prepare(task, part, by_steps)
+            if self._missing(by_steps):
+                with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache(task.device.type):
+                    self._prepare(task, part, by_steps)
             x, _ = loop.begin(task, part, self._buffers)
             kept = [x.clone()] if task.return_trajectory else []
             if not by_steps and self._short:
@@ -136,6 +142,12 @@ class Plan:
                     if task.watched:
                         loop.observe(task, stage, self._buffers.at(i)[0], kept, tick)
             return self._buffers.at(len(self._stages) - 1)[0].clone(), kept
+
+    def _missing(self, by_steps: bool) -> bool:
+        """Whether what a run replays is not captured yet."""
+        if by_steps or not self._short:
+            return self._short is None or any(step.graph is None for step in self._steps.values())
+        return self._whole is None
 
     def _prepare(self, task: loop.Run, part: loop.Part, by_steps: bool) -> None:
         """Captures what the run replays and is not captured yet.
@@ -198,6 +210,12 @@ class Plan:
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
         return [*self._buffers.tensors(), *self._moments.tensors(), *given, *conditions.tensors(self._cond)]
+
+
+def _autocast_without_cache(kind: str) -> torch.autocast:
+    """Autocast as it is, but for its cache of parameters, which would be freed while a graph reads from it."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:

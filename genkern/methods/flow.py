@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import check, grids, paths
 from ..samplers import Euler, Heun, OnPath, loop, network
-from ..samplers.table import Sampler
+from ..samplers.table import Sampler, stages_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,5 +97,5 @@ class Flow:
             if bool(grid[0] < grid[-1]) != forward:
                 order = "increasing" if forward else "decreasing"
                 raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-        stages = sampler_named(sampler).stages(OnPath(self.path, "velocity"), grid)
+        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), grid)
         return loop.run(model, stages, shape, start=start, **loop.known(options))

@@ -81,7 +81,7 @@ class Update:
 
     @property
     def kind(self) -> Hashable:
-        """What of a pass is no number of its row: two of one kind, over the same buffers, differ in their rows alone."""
+        """What of a pass is no number: two of one kind, over the same buffers, differ in their rows alone."""
         spec = self._spec
         return (
             spec.noise, spec.use_pred, spec.dtypes, self._n_h, self._reads, self._keeps, self._copy is not None,
