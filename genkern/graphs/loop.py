@@ -88,10 +88,12 @@ class Loop:
 
 
 class _Entry:
-    """A capture of one kind, or why there is none."""
+    """A capture of one kind, or why there is none. Its model is watched from the end of the first run on, in which a
+    network may still set itself up."""
 
-    def __init__(self, kind: Hashable, stages: Sequence[Stage], model: Any) -> None:
-        self.kind, self.stages, self.watch = kind, stages, Watch(model)
+    def __init__(self, kind: Hashable, stages: Sequence[Stage]) -> None:
+        self.kind, self.stages = kind, stages
+        self.watch: Watch | None = None
         self.plan: Plan | None = None
         self.refusal: str | None = None
 
@@ -123,24 +125,25 @@ class Captures:
             )
         try:
             entry = self._entry(task, part)
+            found = None
             if entry.refusal is None:
                 try:
-                    return self._captured(entry, task, part, tick)
+                    found = self._captured(entry, task, part, tick)
                 except Uncapturable as reason:
                     entry.plan, entry.refusal = None, str(reason)
-            self._refused(entry.refusal, task.model)
+            if entry.watch is None:
+                entry.watch = Watch(task.model)
+            self._report(entry.refusal, task.model)
         finally:
             self._running.release()
-        return loop.walk(task, part, tick)
+        return loop.walk(task, part, tick) if found is None else found
 
     def _captured(
         self, entry: _Entry, task: loop.Run, part: loop.Part, tick: Callable[[], object]
     ) -> tuple[Tensor, list[Tensor]]:
         if entry.plan is None:
             entry.plan = Plan(task, part)
-        found = entry.plan.run(task, part, tick)
-        self.refusal = None
-        return found
+        return entry.plan.run(task, part, tick)
 
     def _entry(self, task: loop.Run, part: loop.Part) -> _Entry:
         """The entry that serves a call, made where there is none or the model has changed; it moves to the end."""
@@ -148,13 +151,13 @@ class Captures:
         entry = next((entry for entry in self._entries if entry.serves(kind, task.stages)), None)
         if entry is not None:
             self._entries.remove(entry)
-        if entry is None or not entry.watch.holds(task.model):
-            entry = _Entry(kind, task.stages, task.model)
+        if entry is None or entry.watch is None or not entry.watch.holds(task.model):
+            entry = _Entry(kind, task.stages)
         self._entries.append(entry)
         del self._entries[:-CAPTURES]
         return entry
 
-    def _refused(self, reason: str | None, model: Any) -> None:
+    def _report(self, reason: str | None, model: Any) -> None:
         self.refusal = reason
         if reason is not None and reason not in self._warned:
             self._warned.add(reason)

@@ -101,9 +101,10 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.FunctionType):
-        wrapped = vars(value).get("__wrapped__")
-        if wrapped is not None:
-            yield wrapped
+        inner = vars(value).get("_torchdynamo_orig_callable", vars(value).get("__wrapped__"))
+        if inner is not None:  # of torch.compile, of a decorator
+            yield inner
+            return
         for cell in value.__closure__ or ():
             try:
                 yield cell.cell_contents
