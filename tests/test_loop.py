@@ -265,14 +265,29 @@ def test_a_bound_method_is_captured_once(captures):
     assert net.calls[0] == called
 
 
+def test_a_lambda_around_a_module_is_captured_once_for_what_it_holds(captures):
+    net, scale = Net().eval(), torch.ones(4)
+
+    def run(factor, scale=scale):
+        return FLOW.sample(lambda x, t: factor * net(x, t) * scale, SHAPE, steps=2, seed=1, cuda_graph=True)
+
+    first = run(1.0)
+    called = net.calls[0]
+    assert torch.equal(run(1.0), first) and net.calls[0] == called
+    assert not torch.equal(run(2.0), first)
+    assert not torch.equal(run(1.0, torch.zeros(4)), first)
+    assert torch.equal(run(1.0), first)
+
+
 def test_captures_beside_a_model_die_with_it(captures):
     model = Net().eval()
     FLOW.sample(model, SHAPE, steps=2, cuda_graph=True)
-    held = weakref.ref(model), weakref.ref(captures[0])
+    FLOW.sample((lambda net: lambda x, t: net(x, t))(model), SHAPE, steps=2, cuda_graph=True)
+    held = [weakref.ref(model), *map(weakref.ref, captures)]
     captures.clear()
     del model
     gc.collect()
-    assert held[0]() is None and held[1]() is None
+    assert [ref() for ref in held] == [None] * 3
 
 
 def test_a_loop_keeps_the_captures_used_last(captures):
@@ -441,7 +456,7 @@ class Slots:
             ValueError,
             "cuda_graph: expected False with differentiable=True",
         ),
-        (Slots(), {"cuda_graph": True}, TypeError, "cuda_graph: expected a model that is hashable .*, got Slots"),
+        (Slots(), {"cuda_graph": True}, TypeError, "cuda_graph: expected a model that has a hash .*, got Slots"),
     ],
 )
 def test_bad_cuda_graph_is_named_before_anything_is_drawn(model, options, error, words):

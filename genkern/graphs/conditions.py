@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Same:
@@ -36,7 +36,7 @@ def signature(tree: Any) -> Hashable:
         return "mapping", *((key, signature(value)) for key, value in tree.items())
     if isinstance(tree, (list, tuple)):
         return type(tree), *map(signature, tree)
-    return (type(tree), tree) if isinstance(tree, _PLAIN) else Same(tree)
+    return (type(tree), tree) if isinstance(tree, PLAIN) else Same(tree)
 
 
 def static(tree: Any) -> Any:

@@ -9,9 +9,7 @@ last are kept.
 from __future__ import annotations
 
 import threading
-import types
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ..samplers import loop
 from ..samplers.table import Stage
+from .beside import beside
 from .capture import Uncapturable
 from .plan import Plan, kind_of
 from .watch import Watch
@@ -178,18 +177,4 @@ def captures_of(cuda_graph: Any, model: Any) -> Captures:
         return cuda_graph._captures
     if cuda_graph is not True:
         raise TypeError(f"cuda_graph: expected a bool or a Loop, got {type(cuda_graph).__name__}")
-    # A bound method is another object at every look: what it is bound to lives.
-    bound = isinstance(model, types.MethodType)
-    owner, name = (model.__self__, model.__func__) if bound else (model, None)
-    known = vars(_beside)
-    try:
-        kept = known.setdefault("captures", weakref.WeakKeyDictionary()).setdefault(owner, {})
-    except TypeError:
-        raise TypeError(
-            f"cuda_graph: expected a model that is hashable and can be referenced weakly, got "
-            f"{type(owner).__name__}; a genkern.Loop takes any"
-        ) from None
-    return kept.setdefault(name, Captures())
-
-
-_beside = threading.local()  # a thread's own, as a Loop is not shared
+    return beside(model, Captures)

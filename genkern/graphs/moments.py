@@ -62,6 +62,7 @@ class Moments:
             self._numbers[:, _KEY + 1 : _KEY + 1 + n_rows] = lines.reshape(len(stages), n_rows)
         times = torch.tensor([stage.model_time for stage in stages], dtype=time_dtype).to(device)
         self._rows[:, self._times_at :].view(time_dtype)[:, :calls] = times[:, None]
+        self._written: list[int | None] = [None, None]  # seed and stream, as the host knows them
         self.now = self._moment(self._now_row)
 
     def of(self, stage: int) -> Moment:
@@ -73,8 +74,10 @@ class Moments:
         for column, value in enumerate((noise.seed, noise.stream)):
             if isinstance(value, Tensor):
                 self._numbers[:, column].copy_(value.reshape(1))
-            else:
+                self._written[column] = None
+            elif self._written[column] != value:
                 self._numbers[:, column].fill_(as_int64(value))
+                self._written[column] = value
 
     def tell(self, stage: int) -> None:
         """Copies a stage's row to `now`."""

@@ -7,12 +7,14 @@ There are two ways to replay the same passes, with the same bits:
              in device memory. Steps are of one kind that differ in numbers alone and write the same buffers: so the two
              states that the loop alternates between make two kinds of most samplers, and no pass copies a state.
 
-Inputs of a call are copied in: conditions, guidance, sample ids, given noise of a step, the initial state; its results
-are copied out. Between two replays of `steps` there is room for callbacks, trajectories and given noise.
+Inputs of a call are copied in: conditions, guidance, sample ids, given noise of a step, the initial state where it is
+given (else it is drawn: in the graph of the whole loop, or before the first step's). Its results are copied out.
+Between two replays of `steps` there is room for callbacks, trajectories and given noise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor
 from ..noise import Noise
 from ..rows import W
 from ..samplers import loop, network
-from ..samplers.passes import Buffers, Live, Update
+from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
 from .capture import Capture, Graph, capture_on
 from .moments import Moment, Moments
@@ -38,7 +40,7 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
-        part.noise.sample_ids is None, task.step_noise is None, conditions.signature(part.cond),
+        task.scale, part.noise.sample_ids is None, task.step_noise is None, conditions.signature(part.cond),
         _guidance_kind(part.guidance), autocast,
     )  # fmt: skip
 
@@ -53,7 +55,7 @@ class _Step:
 
     first: int
     update: Update
-    tables: list[Tensor]  # those with guidance scales
+    tables: list[Tensor]
     graph: Graph | None = None
 
 
@@ -85,10 +87,13 @@ class Plan:
         self._z = torch.zeros_like(self._buffers.at(0)[0]) if task.step_noise is not None else None
         self._takes_z = [self._z is not None and stage.out.z != 0.0 for stage in self._stages]
         self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
+        self._first = First(task, self._buffers, self._noise, self._moments.of(0).key)
+        self._from_noise = task.start is None
         self._passes = [
             Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
             for i in range(len(self._stages))
         ]
+        self._draws = self._from_noise or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
         self._step_of: list[_Step] = []
         self._tabulate(task)
@@ -115,7 +120,7 @@ class Plan:
                 live = Live(now.key, table, now.rows, copies, now.stage)
                 scale = None if self._guidance is None else 1.0  # a placeholder: the table has the scale
                 update = Update(task, self._buffers, i, self._noise, scale, live)
-                self._steps[kind] = _Step(i, update, [] if self._guidance is None else [table])
+                self._steps[kind] = _Step(i, update, [table] if copies is None else [table, copies])
             self._step_of.append(self._steps[kind])
 
     def run(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
@@ -126,12 +131,16 @@ class Plan:
             if self._missing(by_steps):
                 with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache(task.device.type):
                     self._prepare(task, part, by_steps)
-            x, _ = loop.begin(task, part, self._buffers)
-            kept = [x.clone()] if task.return_trajectory else []
+            kept: list[Tensor] = []
             if not by_steps and self._short:
                 assert self._whole is not None
+                if not self._from_noise:
+                    self._begin(task, part)
                 self._whole.replay()
             else:
+                self._begin(task, part)
+                if task.return_trajectory:
+                    kept.append(self._buffers.at(-1)[0].clone())
                 for i, (stage, step) in enumerate(zip(self._stages, self._step_of, strict=True)):
                     z = loop.given_noise(task, part, stage)
                     if z is not None and self._z is not None:
@@ -156,7 +165,7 @@ class Plan:
             Uncapturable: the network cannot be captured.
         """
         if self._short is None:
-            loop.begin(task, part, self._buffers)
+            self._begin(task, part)
             self._capture.warm_up(lambda: self._each_kind(task.model))
             first = self._step_of[0]
             self._record_step(first, task.model)
@@ -168,7 +177,7 @@ class Plan:
                 if step.graph is None:
                     self._record_step(step, task.model)
         elif self._whole is None:
-            loop.begin(task, part, self._buffers)
+            self._begin(task, part)
             self._all_stages(task.model)  # loads the kernels that take their row from the call
             self._whole = self._capture.record(lambda: self._all_stages(task.model))
 
@@ -181,7 +190,12 @@ class Plan:
             self._moments.tell(step.first)
             self._stage(model, step.first, step.update, self._moments.now)
 
+    def _begin(self, task: loop.Run, part: loop.Part) -> None:
+        self._first(None if task.start is None else task.start[part.low : part.high])
+
     def _all_stages(self, model: Any) -> None:
+        if self._from_noise:
+            self._first(None)
         for i, update in enumerate(self._passes):
             self._stage(model, i, update, self._moments.of(i))
 
@@ -192,7 +206,8 @@ class Plan:
         update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
 
     def _copy_in(self, part: loop.Part) -> None:
-        self._moments.set_noise(part.noise)
+        if self._draws:
+            self._moments.set_noise(part.noise)
         conditions.fill(self._cond, part.cond)
         if self._ids is not None:
             self._ids.copy_(part.noise.sample_ids)
@@ -203,19 +218,20 @@ class Plan:
         else:
             self._guidance.fill_(part.guidance)
         for step in self._steps.values():
-            for table in step.tables:
-                lines = table.reshape(len(self._stages), -1, table.shape[1])
-                lines[:, :, W] = self._guidance
+            lines = step.tables[0].reshape(len(self._stages), -1, step.tables[0].shape[1])
+            lines[:, :, W] = self._guidance
 
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
-        return [*self._buffers.tensors(), *self._moments.tensors(), *given, *conditions.tensors(self._cond)]
+        tables = [table for step in self._steps.values() for table in step.tables]
+        return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 
 
-def _autocast_without_cache(kind: str) -> torch.autocast:
+def _autocast_without_cache(kind: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast as it is, but for its cache of parameters, which would be freed while a graph reads from it."""
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:

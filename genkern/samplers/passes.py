@@ -89,6 +89,11 @@ class Update:
         )  # fmt: skip
 
     @property
+    def draws(self) -> bool:
+        """Whether it draws noise."""
+        return self._spec.noise != 0
+
+    @property
     def cells(self) -> tuple[float, ...]:
         """The numbers of its row."""
         return self._spec.row
@@ -130,6 +135,35 @@ class Update:
         if self._copy is not None:
             inputs = apply_row(self._copy, x=outs[0], dtypes=(self._buffers.model_dtype,))
         return self._buffers.joined(outs[0], inputs)
+
+
+class First:
+    """The pass before the first network call, from noise or a given state, laid out over the loop's buffers as Update
+    lays out its own: the same bits as Buffers.apply, for loops that begin often.
+
+    noise: its seed and stream are replaced by the key's; key: int64 [3], seed, stream and 0.
+    """
+
+    def __init__(self, task: Run, buffers: Buffers, noise: Noise, key: Tensor) -> None:
+        row = Row(buffers.outputs(Out(z=task.scale) if task.start is None else Out(x=1.0), task.stages[0].input_scale))
+        drawn = noise.at(Purpose.INITIAL) if task.start is None else None
+        self._outs, _ = buffers.written(-1, len(row.outs))
+        dtypes = [out.dtype for out in self._outs]
+        spec, self._tensors = prepared(row, drawn, self._outs[0], 0, dtypes)
+        self._spec = spec._replace(size=buffers.shape, device=task.device) if drawn else spec
+        self._tensors[DEVICE_KEY] = key if drawn else None
+        self._text = numbers(self._spec) if functions.direct(task.device) else None
+
+    def __call__(self, start: Tensor | None) -> None:
+        """Writes the initial state and the first network input."""
+        tensors = self._tensors.copy()
+        tensors[X] = start
+        if start is not None:
+            check.separate([("out", out) for out in self._outs], [("initial state", start)])
+        if self._text is None:
+            functions.map_rows_out(self._spec, self._outs, *tensors)
+        else:
+            functions.run_numbers(self._text, self._outs, tensors)
 
 
 class Buffers:
