@@ -91,6 +91,5 @@ class FakeCapture:
         return FakeCapture.step_seconds
 
     @contextlib.contextmanager
-    def turn(self, tensors):
-        assert all(isinstance(t, torch.Tensor) for t in tensors())
-        yield
+    def turn(self):
+        yield None

@@ -19,6 +19,7 @@ from torch import nn
 
 import genkern as gk
 from genkern import samplers
+from genkern.graphs import loop as graphs_loop
 from genkern.graphs import plan
 from genkern.graphs.capture import capture_on
 from genkern.noise import Noise
@@ -29,7 +30,7 @@ FLOW = gk.FlowMatching()
 @pytest.fixture(params=["whole", "steps"])
 def captures(request, monkeypatch):
     """The captures that a test has made, of loops whose steps are short or long."""
-    monkeypatch.setattr(plan, "capture_on", FakeCapture)
+    monkeypatch.setattr(graphs_loop, "capture_on", FakeCapture)
     monkeypatch.setattr(FakeCapture, "made", [])
     monkeypatch.setattr(FakeCapture, "step_seconds", 1e-5 if request.param == "whole" else 1.0)
     with warnings.catch_warnings():
@@ -334,7 +335,7 @@ def looks(x, t):
     "model, words", [(draws, "draws random numbers"), (looks, "the capture failed, as where a network waits")]
 )
 def test_a_network_that_cannot_be_captured_runs_uncaptured_with_one_warning(model, words, monkeypatch):
-    monkeypatch.setattr(plan, "capture_on", FakeCapture)
+    monkeypatch.setattr(graphs_loop, "capture_on", FakeCapture)
     loop = gk.Loop(FLOW, model)
     torch.manual_seed(3)
     wanted = FLOW.sample(model, SHAPE, steps=3, seed=1)
@@ -342,11 +343,12 @@ def test_a_network_that_cannot_be_captured_runs_uncaptured_with_one_warning(mode
     with pytest.warns(UserWarning, match=f"cuda_graph: {model.__name__} runs uncaptured: .*{words}") as caught:
         got = [loop.sample(SHAPE, steps=3, seed=1) for _ in range(3)]
     assert len(caught) == 1 and words in loop.refusal and len(loop) == 0
+    assert caught[0].filename == __file__
     assert torch.equal(got[0], wanted)  # what was tried has drawn nothing
 
 
 def test_a_network_in_train_mode_is_captured_once_it_is_in_eval_mode(monkeypatch):
-    monkeypatch.setattr(plan, "capture_on", FakeCapture)
+    monkeypatch.setattr(graphs_loop, "capture_on", FakeCapture)
     model = Net(0.5).train()
     loop = gk.Loop(FLOW, model)
     with pytest.warns(UserWarning, match="cuda_graph: Net runs uncaptured: it draws random numbers"):
@@ -383,7 +385,10 @@ def test_a_compiled_network_is_captured(captures):
     del net.calls
     net.forward = lambda x, t: net.inner(x).sin()
     model = torch.compile(net, backend="eager")
-    same(FLOW.sample(model, SHAPE, steps=3, seed=1, cuda_graph=True), FLOW.sample(model, SHAPE, steps=3, seed=1))
+    for _ in range(2):
+        same(FLOW.sample(model, SHAPE, steps=3, seed=1, cuda_graph=True), FLOW.sample(model, SHAPE, steps=3, seed=1))
+    (capture,) = captures
+    assert len(capture.graphs) == 2
 
 
 def test_modes_of_torch_around_a_call_are_not_kept(captures):

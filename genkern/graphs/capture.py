@@ -11,7 +11,8 @@ import contextlib
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -44,28 +45,26 @@ class Capture(Protocol):
     def seconds(self, graph: Graph) -> float:
         """Of one replay; waits for the device."""
 
-    def turn(self, tensors: Callable[[], Iterable[Tensor]]) -> contextlib.AbstractContextManager[None]:
-        """In it graphs are replayed on the current stream. tensors: what they use and do not own."""
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """In it graphs are recorded and replayed, on the current stream, which it gives, after those before."""
 
 
 def capture_on(device: torch.device) -> Capture:
     """For one device. Raises: Uncapturable."""
     if device.type != "cuda":
         raise Uncapturable(f"a CUDA graph needs a CUDA device, and its samples are on {device}")
-    if torch.cuda.is_current_stream_capturing():
-        raise Uncapturable("the current stream is being captured already")
     return CudaCapture(device)
 
 
 class CudaCapture:
-    """Captures on a CUDA device, all into one private pool of memory: they are replayed in turn on one stream, and
-    nothing in the pool outlives a replay."""
+    """Captures on a CUDA device, all into one private pool of memory: nothing in it outlives a replay, and the replays
+    wait for each other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._last: Any = torch.cuda.current_stream(self._device)
-        self._marked = {self._last}
 
     def warm_up(self, run: Run) -> None:
         check_warm_up(run, self._device)
@@ -73,6 +72,8 @@ class CudaCapture:
     def record(self, run: Run) -> Graph:
         index = self._device.index
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
+        if not self._graphs:  # torch refuses a pool whose last graph is gone
+            self._pool = torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[index]
         intact = generator.clone_state()
         with torch.cuda.device(self._device):
@@ -91,6 +92,7 @@ class CudaCapture:
                 except Exception as error:
                     self._mend(generator, intact)
                     raise Uncapturable(_failed(error)) from error
+        self._graphs.add(graph)
         return graph
 
     def seconds(self, graph: Graph) -> float:
@@ -104,17 +106,13 @@ class CudaCapture:
         return float(start.elapsed_time(end)) * 1e-3 / TIMED
 
     @contextlib.contextmanager
-    def turn(self, tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    def turn(self) -> Iterator[Any]:
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             if stream != self._last:  # the replays before this one are on another
                 stream.wait_stream(self._last)
                 self._last = stream
-            if stream not in self._marked:
-                self._marked.add(stream)
-                for tensor in tensors():
-                    tensor.record_stream(stream)
-            yield
+            yield stream
 
     def _abandon(self, graph: Any, generator: Any, intact: Any) -> None:
         """Ends a capture in which something was raised."""

@@ -8,17 +8,19 @@ last are kept.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..samplers import loop
 from ..samplers.table import Stage
 from .beside import beside
-from .capture import Uncapturable
+from .capture import Capture, Uncapturable, capture_on
 from .plan import Plan, kind_of
 from .watch import Watch
 
@@ -105,6 +107,7 @@ class Captures:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._devices: dict[torch.device, Capture] = {}
         self._running = threading.Lock()
         self._warned: set[str] = set()
         self.refusal: str | None = None
@@ -114,9 +117,12 @@ class Captures:
 
     def clear(self) -> None:
         self._entries.clear()
+        self._devices.clear()
 
     def walk(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
         """As samplers.loop.walk, captured where that can be."""
+        if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("cuda_graph: expected False while the current stream is being captured")
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
                 "cuda_graph: expected a Loop that is not running, got one that another thread or the callback's own "
@@ -141,7 +147,9 @@ class Captures:
         self, entry: _Entry, task: loop.Run, part: loop.Part, tick: Callable[[], object]
     ) -> tuple[Tensor, list[Tensor]]:
         if entry.plan is None:
-            entry.plan = Plan(task, part)
+            if task.device not in self._devices:
+                self._devices[task.device] = capture_on(task.device)
+            entry.plan = Plan(task, part, self._devices[task.device])
         return entry.plan.run(task, part, tick)
 
     def _entry(self, task: loop.Run, part: loop.Part) -> _Entry:
@@ -158,10 +166,13 @@ class Captures:
 
     def _report(self, reason: str | None, model: Any) -> None:
         self.refusal = reason
-        if reason is not None and reason not in self._warned:
-            self._warned.add(reason)
+        if reason is None:
+            return
+        cause = reason.partition("(")[0]  # without what an error says of this one call
+        if cause not in self._warned:
+            self._warned.add(cause)
             name = getattr(model, "__name__", type(model).__name__)
-            warnings.warn(f"cuda_graph: {name} runs uncaptured: {reason}", stacklevel=2)
+            warnings.warn(f"cuda_graph: {name} runs uncaptured: {reason}", stacklevel=_depth_of_the_caller())
 
 
 def captures_of(cuda_graph: Any, model: Any) -> Captures:
@@ -178,3 +189,11 @@ def captures_of(cuda_graph: Any, model: Any) -> Captures:
     if cuda_graph is not True:
         raise TypeError(f"cuda_graph: expected a bool or a Loop, got {type(cuda_graph).__name__}")
     return beside(model, Captures)
+
+
+def _depth_of_the_caller() -> int:
+    """The stacklevel of the first frame outside genkern, for a warning raised by whoever asks."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "genkern":
+        frame, depth = frame.f_back, depth + 1
+    return depth

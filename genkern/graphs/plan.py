@@ -27,7 +27,7 @@ from ..rows import W
 from ..samplers import loop, network
 from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
-from .capture import Capture, Graph, capture_on
+from .capture import Capture, Graph
 from .moments import Moment, Moments
 
 SHORT = 100e-6  # seconds of a step, below which the gaps between graphs would be felt
@@ -60,14 +60,16 @@ class _Step:
 
 
 class Plan:
-    """Buffers, tables and graphs of a kind of run.
+    """Buffers, tables and graphs of a kind of run. It does not hold the model.
 
-    Raises:
-        Uncapturable: the device has no graphs. prepare() raises it where the network cannot be captured.
+    Args:
+        task, part: the first run of its kind.
+        capture: of the device; other plans may use it too.
     """
 
-    def __init__(self, task: loop.Run, part: loop.Part) -> None:
-        self._capture: Capture = capture_on(task.device)
+    def __init__(self, task: loop.Run, part: loop.Part, capture: Capture) -> None:
+        self._capture = capture
+        self._streams: set[Any] = set()
         with torch.inference_mode(False):  # what is made under it could not be written outside it
             self._make(task, part)
 
@@ -124,8 +126,13 @@ class Plan:
             self._step_of.append(self._steps[kind])
 
     def run(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
-        """As samplers.loop.walk."""
-        with self._capture.turn(self._tensors):
+        """As samplers.loop.walk.
+
+        Raises:
+            Uncapturable: the network cannot be captured.
+        """
+        with self._capture.turn() as stream:
+            self._used_on(stream)
             self._copy_in(part)
             by_steps = task.watched or self._z is not None
             if self._missing(by_steps):
@@ -220,6 +227,15 @@ class Plan:
         for step in self._steps.values():
             lines = step.tables[0].reshape(len(self._stages), -1, step.tables[0].shape[1])
             lines[:, :, W] = self._guidance
+
+    def _used_on(self, stream: Any) -> None:
+        """Tells the allocator of a stream that is not the one on which the tensors were made."""
+        if stream in self._streams:
+            return
+        if self._streams:
+            for tensor in self._tensors():
+                tensor.record_stream(stream)
+        self._streams.add(stream)
 
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]

@@ -4,12 +4,14 @@ A captured graph reads a parameter where it was when it was captured. A Watch is
 every replay whether the model is still that one; it costs some 0.2 us a parameter and never looks at the device.
 
 Modules are found in the model itself, or in what a function or an object that is not a module refers to: closures,
-globals that it names, bound arguments, attributes. Other attributes of modules (numbers, flags) are not watched.
+globals that it names, bound arguments, attributes; of long lists only in the first entries. Other attributes of modules
+(numbers, flags) are not watched.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FEW = 64  # entries of a list or dictionary that are looked at
 _DEPTH = 4  # of functions, partials and objects between the model and its modules
 
 
@@ -26,7 +29,7 @@ class Watch:
 
     def __init__(self, model: Any) -> None:
         self._roots = [weakref.ref(root) for root in _roots(model)]
-        self._states: list[tuple[dict[str, Any], int, bool]] = []
+        self._states: list[tuple[dict[str, Any], int, Any]] = []
         self._lengths: list[tuple[Any, int]] = []
         self._children: list[tuple[dict[str, Any], str, Any]] = []
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
@@ -41,7 +44,7 @@ class Watch:
     def _add(self, module: torch.nn.Module) -> None:
         # The dictionary of attributes, not the module, which it would keep alive.
         state = vars(module)
-        self._states.append((state, len(state), module.training))
+        self._states.append((state, len(state), state.get("training")))  # torch.compile's module has none of its own
         for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
             self._lengths.append((state[name], len(state[name])))
         for members in (module._parameters, module._buffers):
@@ -54,7 +57,7 @@ class Watch:
         if len(roots) != len(self._roots) or any(ref() is not root for ref, root in zip(self._roots, roots)):  # noqa: B905
             return False
         for state, length, training in self._states:
-            if len(state) != length or state["training"] is not training:
+            if len(state) != length or state.get("training") is not training:
                 return False
         for members, length in self._lengths:
             if len(members) != length:
@@ -115,8 +118,8 @@ def _parts(value: Any) -> Iterator[Any]:
         names = value.__globals__
         yield from (names[name] for name in value.__code__.co_names if name in names)
     elif isinstance(value, (list, tuple)):
-        yield from value
+        yield from value[:_FEW]
     elif isinstance(value, dict):
-        yield from value.values()
+        yield from itertools.islice(value.values(), _FEW)
     elif not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)) and hasattr(value, "__dict__"):
         yield from vars(value).values()
