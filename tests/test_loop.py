@@ -306,6 +306,16 @@ def test_a_loop_keeps_the_captures_used_last(captures):
     assert len(loop) == 0
 
 
+def test_captures_that_serve_one_call_each_are_warned_of_once(captures):
+    loop = gk.Loop(FLOW, Net().eval())
+    for steps in range(1, 16):
+        loop.sample(SHAPE, steps=steps)
+    with pytest.warns(UserWarning, match="8 captures in a row have served one call each") as caught:
+        for steps in range(16, 30):
+            loop.sample(SHAPE, steps=steps)
+    assert [w.filename for w in caught] == [__file__]
+
+
 def test_kinds_of_calls_are_captures_of_their_own(captures):
     model = Net().eval()
     loop = gk.Loop(FLOW, model)

@@ -90,7 +90,7 @@ class CudaCapture:
                 try:
                     graph.capture_end()
                 except Exception as error:
-                    self._mend(generator, intact)
+                    self._mend(graph, generator, intact)
                     raise Uncapturable(_failed(error)) from error
         self._graphs.add(graph)
         return graph
@@ -119,11 +119,13 @@ class CudaCapture:
         try:
             graph.capture_end()
         except Exception:  # the capture was invalid: torch stops half way through ending it
-            self._mend(generator, intact)
+            self._mend(graph, generator, intact)
 
-    def _mend(self, generator: Any, intact: Any) -> None:
+    def _mend(self, graph: Any, generator: Any, intact: Any) -> None:
         """What torch leaves undone where a capture cannot be ended: its allocator goes on expecting it, and its
         generator goes on counting for it, and would refuse to draw."""
+        with contextlib.suppress(Exception):
+            graph.reset()
         with contextlib.suppress(Exception):  # of torch's private interface; raises where there is nothing to end
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
             torch._C._cuda_releasePool(self._device.index, self._pool)

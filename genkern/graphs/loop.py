@@ -41,9 +41,11 @@ class Loop:
     as `cuda_graph=loop`.
 
     What the model reads beside x, t, its conditions, parameters and buffers is captured as it is: numbers among its
-    attributes, tensors that it makes only once. Parameters changed in place are seen, moved or replaced ones captured
-    anew. A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device
-    or is captured already (torch.compile with mode="reduce-overhead"). One warning says so, and `refusal` why.
+    attributes, tensors that it makes only once. So are conditions that are neither tensors, numbers, words, nor lists
+    and mappings of these. Parameters changed in place are seen, moved or replaced ones captured anew.
+
+    A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
+    captured already (torch.compile with mode="reduce-overhead"). One warning says so, and `refusal` why.
 
     A Loop is not shared between threads.
 
@@ -97,6 +99,7 @@ class _Entry:
         self.watch: Watch | None = None
         self.plan: Plan | None = None
         self.refusal: str | None = None
+        self.calls = 0
 
     def serves(self, kind: Hashable, stages: Sequence[Stage]) -> bool:
         return self.kind == kind and (self.stages is stages or self.stages == stages)
@@ -110,6 +113,7 @@ class Captures:
         self._devices: dict[torch.device, Capture] = {}
         self._running = threading.Lock()
         self._warned: set[str] = set()
+        self._wasted = 0  # captures in a row that have served one call
         self.refusal: str | None = None
 
     def __len__(self) -> int:
@@ -159,10 +163,24 @@ class Captures:
         if entry is not None:
             self._entries.remove(entry)
         if entry is None or entry.watch is None or not entry.watch.holds(task.model):
+            self._dropped(entry)
             entry = _Entry(kind, task.stages)
         self._entries.append(entry)
-        del self._entries[:-CAPTURES]
+        if len(self._entries) > CAPTURES:
+            self._dropped(self._entries.pop(0))
+        entry.calls += 1
         return entry
+
+    def _dropped(self, entry: _Entry | None) -> None:
+        """Warns where captures cost more than they save."""
+        if entry is None or entry.plan is None:
+            return
+        self._wasted = self._wasted + 1 if entry.calls == 1 else 0
+        if self._wasted == CAPTURES:
+            self._warn(
+                f"cuda_graph: {CAPTURES} captures in a row have served one call each; another shape, sampler, grid or "
+                "object among the conditions is another capture, and so is a model whose parameters were replaced"
+            )
 
     def _report(self, reason: str | None, model: Any) -> None:
         self.refusal = reason
@@ -171,8 +189,15 @@ class Captures:
         cause = reason.partition("(")[0]  # without what an error says of this one call
         if cause not in self._warned:
             self._warned.add(cause)
-            name = getattr(model, "__name__", type(model).__name__)
-            warnings.warn(f"cuda_graph: {name} runs uncaptured: {reason}", stacklevel=_depth_of_the_caller())
+            self._warn(f"cuda_graph: {getattr(model, '__name__', type(model).__name__)} runs uncaptured: {reason}")
+
+    @staticmethod
+    def _warn(text: str) -> None:
+        """A warning at the line that has called genkern."""
+        frame, depth = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "genkern":
+            frame, depth = frame.f_back, depth + 1
+        warnings.warn(text, stacklevel=depth)
 
 
 def captures_of(cuda_graph: Any, model: Any) -> Captures:
@@ -189,11 +214,3 @@ def captures_of(cuda_graph: Any, model: Any) -> Captures:
     if cuda_graph is not True:
         raise TypeError(f"cuda_graph: expected a bool or a Loop, got {type(cuda_graph).__name__}")
     return beside(model, Captures)
-
-
-def _depth_of_the_caller() -> int:
-    """The stacklevel of the first frame outside genkern, for a warning raised by whoever asks."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "genkern":
-        frame, depth = frame.f_back, depth + 1
-    return depth
