@@ -215,7 +215,8 @@ class Plan:
     def _copy_in(self, part: loop.Part) -> None:
         if self._draws:
             self._moments.set_noise(part.noise)
-        conditions.fill(self._cond, part.cond)
+        if self._cond:
+            conditions.fill(self._cond, part.cond)
         if self._ids is not None:
             self._ids.copy_(part.noise.sample_ids)
         if self._guidance is None:

@@ -276,7 +276,7 @@ def part_of(task: Run, low: int, high: int) -> Part:
     if task.uncond is not None:
         cond = network.doubled(network.of_samples(task.uncond, low, high), cond)
         guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
-    return Part(low, high, task.noise.of_samples(ids), cond, guidance)
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, guidance)
 
 
 def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
