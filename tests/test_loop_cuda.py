@@ -118,7 +118,7 @@ def test_networks_of_every_dtype_are_captured(dtype):
     for seed in range(3):
         wanted = FLOW.sample(model, BATCH, steps=5, sampler="heun", seed=seed)
         same(loop.sample(BATCH, steps=5, sampler="heun", seed=seed), wanted)
-    assert len(loop) == 1
+    assert loop.captured == 1
 
 
 def test_each_call_draws_its_own_noise_and_results_stay():
@@ -229,12 +229,12 @@ def test_a_network_that_cannot_be_captured_runs_uncaptured_and_leaves_torch_heal
     torch.manual_seed(5)
     with pytest.warns(UserWarning, match=f"cuda_graph: {model.__name__} runs uncaptured") as caught:
         got = [loop.sample(BATCH, steps=3, seed=1, device="cuda") for _ in range(3)]
-    assert len(caught) == 1 and loop.refusal and len(loop) == 0
+    assert len(caught) == 1 and loop.refusal and loop.captured == 0
     torch.testing.assert_close(got[0], wanted)
     healthy()
     other = gk.Loop(FLOW, net())
     same(other.sample(BATCH, steps=3, seed=1), FLOW.sample(other.model, BATCH, steps=3, seed=1))
-    assert len(other) == 1
+    assert other.captured == 1
 
 
 def test_memory_of_a_failed_capture_comes_back():
@@ -270,9 +270,9 @@ def test_a_compiled_network_is_captured_unless_it_is_captured_already(how):
         got = [loop.sample(BATCH, steps=4, seed=1, device="cuda") for _ in range(3)]
     refused = [str(w.message) for w in caught if "runs uncaptured" in str(w.message)]
     if how == "default":
-        assert not refused and loop.refusal is None and len(loop) == 1
+        assert not refused and loop.refusal is None and loop.captured == 1
     else:
-        assert len(refused) == 1 and len(loop) == 0
+        assert len(refused) == 1 and loop.captured == 0
         assert "captured already" in loop.refusal or "capture failed" in loop.refusal
     for x in got:
         assert torch.equal(x, wanted)
@@ -366,7 +366,7 @@ def test_autocast_around_a_call_is_captured_without_its_cache():
         del junk
     full = FLOW.sample(model, BATCH, steps=4, seed=1)
     assert torch.equal(loop.sample(BATCH, steps=4, seed=1), full) and not torch.equal(full, got)
-    assert len(loop) == 2
+    assert loop.captured == 2
 
 
 def test_the_mode_of_a_loop_follows_the_time_of_a_step(monkeypatch):

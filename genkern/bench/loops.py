@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import genkern as gk
 from genkern.noise import Purpose
-from genkern.samplers.loop import Options
 
 from . import networks, peers
 from .baselines import Careful, Textbook, per_sample
@@ -279,7 +278,7 @@ def _loop(case: Case, steps: int, world: World) -> Case:
     loop, and the captured calls of the network, besides."""
     case.moved, case.count = None, steps
     runs: dict[str, Any] = case.contenders
-    if world.device.type == "cuda" and "cuda_graph" in Options.__annotations__:
+    if world.device.type == "cuda":
         runs[GRAPHED] = functools.partial(runs[GENKERN], cuda_graph=True)
     case.contenders = {name: functools.partial(_without_gradient, run) for name, run in runs.items()}
     if GRAPHED in runs:

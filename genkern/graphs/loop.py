@@ -80,9 +80,10 @@ class Loop:
         """Gives up the captures and their memory."""
         self._captures.clear()
 
-    def __len__(self) -> int:
+    @property
+    def captured(self) -> int:
         """How many kinds of calls are captured."""
-        return len(self._captures)
+        return self._captures.captured
 
     @property
     def refusal(self) -> str | None:
@@ -116,7 +117,8 @@ class Captures:
         self._wasted = 0  # captures in a row that have served one call
         self.refusal: str | None = None
 
-    def __len__(self) -> int:
+    @property
+    def captured(self) -> int:
         return sum(entry.plan is not None for entry in self._entries)
 
     def clear(self) -> None:

@@ -133,8 +133,8 @@ class Plan:
         """
         with self._capture.turn() as stream:
             self._used_on(stream)
-            self._copy_in(part)
             by_steps = task.watched or self._z is not None
+            self._copy_in(part, by_steps)
             if self._missing(by_steps):
                 with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache(task.device.type):
                     self._prepare(task, part, by_steps)
@@ -212,7 +212,7 @@ class Plan:
         m, m_uncond = network.called(model, seen, moment.times, self._cond, self._dtype, self._guided)
         update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
 
-    def _copy_in(self, part: loop.Part) -> None:
+    def _copy_in(self, part: loop.Part, by_steps: bool) -> None:
         if self._draws:
             self._moments.set_noise(part.noise)
         if self._cond:
@@ -225,6 +225,8 @@ class Plan:
             self._guidance.copy_(part.guidance)
         else:
             self._guidance.fill_(part.guidance)
+        if self._short and not by_steps:
+            return
         for step in self._steps.values():
             lines = step.tables[0].reshape(len(self._stages), -1, step.tables[0].shape[1])
             lines[:, :, W] = self._guidance

@@ -1,7 +1,7 @@
 """What a capture has taken from a model: addresses of parameters and buffers, modules, training flags.
 
 A captured graph reads a parameter where it was when it was captured. A Watch is made at the capture and asked before
-every replay whether the model is still that one; it costs some 0.2 us a parameter and never looks at the device.
+every replay whether the model is still that one; it never looks at the device.
 
 Modules are found in the model itself, or in what a function or an object that is not a module refers to: closures,
 globals that it names, bound arguments, attributes; of long lists only in the first entries. Other attributes of modules
@@ -14,7 +14,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,51 +24,68 @@ _FEW = 64  # entries of a list or dictionary that are looked at
 _DEPTH = 4  # of functions, partials and objects between the model and its modules
 
 
+class _Module:
+    """A module as it was. Everything is referenced weakly: a module may hold a method of its own, or its parent."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        state = vars(module)
+        self._ref, self._shape = weakref.ref(module), _shape(state)
+        self._children = [(name, _weak(child)) for name, child in module._modules.items()]
+        self._tensors = [
+            (kind, name, weakref.ref(tensor), _address(tensor))
+            for kind in ("_parameters", "_buffers")
+            for name, tensor in state[kind].items()
+            if tensor is not None
+        ]
+
+    def holds(self) -> bool:
+        module = self._ref()
+        if module is None:
+            return False
+        state = vars(module)
+        if _shape(state) != self._shape:
+            return False
+        for name, child in self._children:
+            if state["_modules"].get(name) is not child():
+                return False
+        for kind, name, ref, address in self._tensors:
+            tensor = ref()
+            if tensor is None or state[kind].get(name) is not tensor or _address(tensor) != address:
+                return False
+        return True
+
+
+def _shape(state: dict[str, Any]) -> tuple[Any, ...]:
+    """What a module's attributes tell at a glance: its mode (torch.compile's module has none of its own), and how many
+    of each kind it has; the number of all tells of a method set anew."""
+    return (
+        state.get("training"), len(state), len(state["_parameters"]), len(state["_buffers"]), len(state["_modules"]),
+        len(state["_forward_hooks"]), len(state["_forward_pre_hooks"]),
+    )  # fmt: skip
+
+
 class Watch:
     """A model as it was."""
 
     def __init__(self, model: Any) -> None:
-        self._roots = [weakref.ref(root) for root in _roots(model)]
-        self._states: list[tuple[dict[str, Any], int, Any]] = []
-        self._lengths: list[tuple[Any, int]] = []
-        self._children: list[tuple[dict[str, Any], str, Any]] = []
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self._loose: list[tuple[Tensor, int]] = []
-        for root in _roots(model):
-            if isinstance(root, Tensor):
-                self._loose.append((root, _address(root)))
-                continue
-            for module in root.modules():
-                self._add(module)
-
-    def _add(self, module: torch.nn.Module) -> None:
-        # The dictionary of attributes, not the module, which it would keep alive.
-        state = vars(module)
-        self._states.append((state, len(state), state.get("training")))  # torch.compile's module has none of its own
-        for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
-            self._lengths.append((state[name], len(state[name])))
-        for members in (module._parameters, module._buffers):
-            self._tensors += [(members, name, t, _address(t)) for name, t in members.items() if t is not None]
-        self._children += [(module._modules, name, child) for name, child in module._modules.items()]
+        roots = _roots(model)
+        self._roots = [weakref.ref(root) for root in roots]
+        self._addresses = [_address(root) for root in roots if isinstance(root, Tensor)]
+        modules = [module for root in roots if isinstance(root, torch.nn.Module) for module in root.modules()]
+        self._modules = [_Module(module) for module in modules]
 
     def holds(self, model: Any) -> bool:
         """Whether the model is as it was: the same modules in the same mode, the same tensors at the same addresses."""
         roots = _roots(model)
-        if len(roots) != len(self._roots) or any(ref() is not root for ref, root in zip(self._roots, roots)):  # noqa: B905
+        if len(roots) != len(self._roots) or any(a() is not b for a, b in zip(self._roots, roots, strict=True)):
             return False
-        for state, length, training in self._states:
-            if len(state) != length or state.get("training") is not training:
-                return False
-        for members, length in self._lengths:
-            if len(members) != length:
-                return False
-        for members, name, child in self._children:
-            if members.get(name) is not child:
-                return False
-        for members, name, tensor, address in self._tensors:
-            if members.get(name) is not tensor or _address(tensor) != address:
-                return False
-        return all(_address(tensor) == address for tensor, address in self._loose)
+        if [_address(root) for root in roots if isinstance(root, Tensor)] != self._addresses:
+            return False
+        return all(module.holds() for module in self._modules)
+
+
+def _weak(child: Any) -> Callable[[], Any]:
+    return weakref.ref(child) if child is not None else lambda: None
 
 
 def _address(tensor: Tensor) -> int:

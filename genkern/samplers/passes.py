@@ -158,8 +158,6 @@ class First:
         """Writes the initial state and the first network input."""
         tensors = self._tensors.copy()
         tensors[X] = start
-        if start is not None:
-            check.separate([("out", out) for out in self._outs], [("initial state", start)])
         if self._text is None:
             functions.map_rows_out(self._spec, self._outs, *tensors)
         else:

@@ -61,8 +61,8 @@ def stage(
 
 
 def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> Sequence[Stage]:
-    """sampler.stages(network, grid), which is made once and kept for as long as the path lives: 50 steps of DDIM take
-    1.5 ms to tabulate, longer than a small network takes to sample with them.
+    """sampler.stages(network, grid), which is made once and kept for as long as the path lives: to tabulate takes
+    longer than a captured loop over a small network.
 
     Samplers that are not genkern's own, and those that hold more than plain numbers, are asked every time.
     """
