@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from conftest import NO_CUDA, cuda_works
-from test_loop import OPTIONS, SAMPLERS, same
+from loop_cases import OPTIONS, SAMPLERS, same
 from test_samplers import conditioned, every_family, rotating, runs
 from torch import nn
 

@@ -70,13 +70,12 @@ class CudaCapture:
         check_warm_up(run, self._device)
 
     def record(self, run: Run) -> Graph:
-        index = self._device.index
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
         if not self._graphs:  # torch refuses a pool whose last graph is gone
             self._pool = torch.cuda.graph_pool_handle()
-        generator = torch.cuda.default_generators[index]
+        generator = torch.cuda.default_generators[self._device.index]
         intact = generator.clone_state()
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), _recording:
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -185,6 +184,7 @@ def _failed(error: Exception) -> str:
     return f"the capture failed, as where a network waits for the device ({type(error).__name__}: {(lines or [''])[0]})"
 
 
+_recording = threading.Lock()  # torch lets one capture of a process be under way at a time
 _streams = threading.local()
 
 
