@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
 
 SAMPLERS: dict[str, type[Euler] | type[Heun]] = {"euler": Euler, "heun": Heun}
 DIRECTIONS = ("forward", "backward")
+
+
+@functools.lru_cache(maxsize=64)
+def _even(steps: int, forward: bool) -> np.ndarray:
+    """Even times, kept, and so not to be written."""
+    grid = grids.uniform(steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
+    grid.flags.writeable = False
+    return grid
 
 
 def sampler_named(sampler: str | Sampler) -> Sampler:
@@ -89,7 +99,7 @@ class Flow:
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
         if times is None:
-            grid = grids.uniform(50 if steps is None else steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
+            grid = _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
         elif steps is not None:
             raise ValueError(f"steps: expected None beside times, got {steps}")
         else:
