@@ -26,6 +26,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "FlowMatching": ("methods", "FlowMatching"),
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
+    "Loop": ("graphs", "Loop"),
 }
 
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604

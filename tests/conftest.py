@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from fake_capture import FakeCapture
 
 from genkern import _library
+from genkern.graphs import loop as graphs_loop
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NO_CUDA = "no CUDA device here, or genkern was built without CUDA"
@@ -51,3 +54,14 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(params=["whole", "steps"])
+def captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeCapture]]:
+    """The captures that a test has made, of loops whose steps are short or long."""
+    monkeypatch.setattr(graphs_loop, "capture_on", FakeCapture)
+    monkeypatch.setattr(FakeCapture, "made", [])
+    monkeypatch.setattr(FakeCapture, "step_seconds", 1e-5 if request.param == "whole" else 1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cuda_graph")
+        yield FakeCapture.made

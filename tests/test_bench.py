@@ -10,8 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 from genkern import _library, cli
-from genkern.bench import cases, machine, peers, run, setup, table, timing, world
-from genkern.bench.world import CAREFUL, COMPILED, FLOOR, GENKERN, TEXTBOOK, Compiler, World
+from genkern.bench import cases, loops, machine, networks, peers, run, setup, table, timing, world
+from genkern.bench.world import (
+    CAREFUL,
+    COMPILED,
+    FLOOR,
+    FLOOR_GRAPHED,
+    GENKERN,
+    GRAPHED,
+    TEXTBOOK,
+    Compiler,
+    World,
+)
 
 pytestmark = pytest.mark.skipif(_library.torch_ops() is None, reason="the compiled library is missing")
 
@@ -279,3 +289,58 @@ def test_tensors_have_the_size_that_is_asked_for():
     assert cases.elements_of(64.0) * 4 == 64 << 20
     w = world.World(CPU, "bfloat16", cases.elements_of(1.0), COMPILER)
     assert w.state("x").numel() == 1 << 18 and w.state("x").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "network, shape",
+    [
+        (networks.UNet(channels=8), (2, 3, 16, 8)),
+        (networks.UNet(channels=16, factors=(1, 2), image=1), (1, 1, 4, 4)),
+        (networks.DiT(width=48, layers=2, heads=3, side=8), (2, 4, 8, 8)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_networks_return_their_inputs_shape_and_heed_the_time(network, shape, dtype):
+    network, x = network.to(dtype), torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        early, late = (network(x, torch.full(shape[:1], t)) for t in (0.1, 0.9))
+        alone = network(x[:1], torch.full((1,), 0.1))
+    assert early.shape == shape and early.dtype == dtype
+    assert early.isfinite().all() and not torch.equal(early, late)
+    torch.testing.assert_close(alone, early[:1], rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_the_transformer_has_the_size_of_dit_s_2():
+    """Peebles and Xie, arXiv:2212.09748, table 1: 33 M parameters (ours has neither classes nor a variance)."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in networks.DiT().parameters())
+    assert 31e6 < count < 34e6
+
+
+def test_a_loop_over_a_network_in_bfloat16_is_the_same_work_for_all():
+    network = networks.UNet(channels=8, factors=(1, 1)).bfloat16().requires_grad_(False)
+    case = loops._flow(World(CPU, "float32", run.SMALL, COMPILER), network, (2, 3, 8, 8), "flow, small", 3)
+    assert case.dtype == "mixed"
+    assert {CAREFUL, TEXTBOOK} <= run.deviations(case).keys()
+    assert case.contenders[FLOOR]().dtype == torch.bfloat16
+
+
+def test_large_networks_are_benchmarked_on_a_gpu_alone():
+    large = {loops.unet_name(1), loops.unet_name(16), loops.dit_name()}
+    assert large <= {spec.name for spec in cases.specs(torch.device("cuda"))}
+    assert not large & {spec.name for spec in cases.specs(CPU)}
+
+
+def test_a_captured_loop_is_told_beside_the_graph_of_its_network():
+    case = world.Case("a loop", "loop", "float32", None, {}, count=10)
+    seconds = {GENKERN: 4e-3, FLOOR: 3e-3, GRAPHED: 1.05e-3, FLOOR_GRAPHED: 1e-3}
+    row = run.row_of(case, {}, {name: timing.Times.of([s]) for name, s in seconds.items()})
+    assert row["microseconds_a_step_over_the_network_graphed"] == pytest.approx(5.0)
+    assert row["ratio_to_the_network_graphed"] == pytest.approx(1.05)
+    result = a_result("cuda", "A GPU")
+    result["rows"] = [row, {**row, "case": "another", "seconds": {k: row["seconds"][k] for k in (GENKERN, FLOOR)}}]
+    del result["rows"][1]["microseconds_a_step_over_the_network_graphed"]
+    del result["rows"][1]["ratio_to_the_network_graphed"]
+    text = table.section(result)
+    assert "| a loop | 10 | 4.00 ms | 3.00 ms | 100.0 us | 1.05 ms | 1.00 ms | 5.0 us | 1.050 |" in text
+    assert "| another | 10 | 4.00 ms | 3.00 ms | 100.0 us | - | - | - | - |" in text

@@ -10,7 +10,7 @@ import torch
 
 import genkern as gk
 from genkern import grids
-from genkern.samplers import DDIM, DDPM, Euler, Heun, Multistep, OnPath, Preconditioned
+from genkern.samplers import DDIM, DDPM, Euler, Heun, Multistep, OnPath, Preconditioned, table
 
 SHAPE = (5, 3, 4)
 
@@ -146,3 +146,62 @@ def test_euler_has_one_stage_a_step_and_heun_two():
     network = OnPath(gk.RectifiedFlow().path, "velocity")
     assert len(Euler().stages(network, grids.uniform(6))) == 6
     assert len(Heun().stages(network, grids.uniform(6))) == 12
+
+
+# Tables are kept
+
+
+def tabulated(monkeypatch, cls):
+    """How often the class tabulates, from now on."""
+    made, stages = [], cls.stages
+    monkeypatch.setattr(cls, "stages", lambda *a: made.append(1) or stages(*a))
+    return made
+
+
+def test_stages_are_tabulated_once_for_a_path_and_a_grid(monkeypatch):
+    made, method = tabulated(monkeypatch, DDIM), gk.Diffusion()
+    for _ in range(3):
+        method.sample(lambda x, t: x, (1, 2), steps=4)
+    assert len(made) == 1
+    for more in ({"eta": 0.5}, {"steps": 5}, {"spacing": "leading"}, {"round_times": False}):
+        method.sample(lambda x, t: x, (1, 2), **{"steps": 4, **more})
+    assert len(made) == 5
+    gk.Diffusion().sample(lambda x, t: x, (1, 2), steps=4)
+    gk.Diffusion(prediction="v").sample(lambda x, t: x, (1, 2), steps=4)
+    assert len(made) == 7
+
+
+def test_a_path_that_has_been_set_anew_is_tabulated_anew():
+    flow, method = gk.FlowMatching(), gk.Diffusion()
+    for change in (
+        lambda: setattr(method, "prediction", "v"),
+        lambda: setattr(method, "path", gk.paths.DiscreteVP(method.alphas_cumprod**2)),
+        lambda: setattr(flow.path, "sigma_min", 0.5),
+    ):
+        for one in (flow, method):
+            one.sample(lambda x, t: x.sin(), (2, 2), steps=3, seed=0)
+        change()
+    fresh = gk.Diffusion(alphas_cumprod=method.alphas_cumprod, prediction="v")
+    wanted = fresh.sample(lambda x, t: x.sin(), (2, 2), steps=3, seed=0)
+    assert torch.equal(method.sample(lambda x, t: x.sin(), (2, 2), steps=3, seed=0), wanted)
+
+
+def test_samplers_of_others_are_asked_every_time(monkeypatch):
+    class Mine(Euler):
+        asked = 0
+
+        def stages(self, network, grid):
+            Mine.asked += 1
+            return super().stages(network, grid)
+
+    flow = gk.FlowMatching()
+    for _ in range(2):
+        flow.sample(lambda x, t: x, (1, 2), steps=2, sampler=Mine())
+    assert Mine.asked == 2
+
+
+def test_few_tables_are_kept():
+    flow = gk.FlowMatching()
+    for steps in range(1, 40):
+        flow.sample(lambda x, t: x, (1, 2), steps=steps)
+    assert len(table._tables[flow.path]) == table.KEPT

@@ -118,12 +118,17 @@ def specs(device: torch.device) -> list[Spec]:
     else:
         found.append(Spec("normals", ("float32",), bind(normals, threads=None, isa=None)))
     one = ("float32",)
+    large = [
+        *(Spec(loops.unet_name(batch), one, bind(loops.flow_unet, batch=batch)) for batch in (1, 16)),
+        Spec(loops.dit_name(), one, loops.flow_dit),
+    ]
     return [
         *found,
         Spec(f"flow, Euler, MLP {loops.BATCH}x{loops.WIDTH}", one, loops.flow_mlp),
         Spec(f"flow, Heun, MLP {loops.BATCH}x{loops.WIDTH}", one, loops.heun_mlp),
         Spec(f"DDIM, MLP {loops.BATCH}x{loops.WIDTH}", one, loops.ddim_mlp),
         Spec(f"flow, Euler, conv {loops.IMAGES}x{loops.SIDE}x{loops.SIDE}", one, loops.flow_conv),
+        *(large if device.type == "cuda" else []),
     ]
 
 

@@ -1,7 +1,8 @@
 """Whole sampling loops over small networks, and a training step around the network, as cases.
 
 Every contender calls the same eager network on the same times; torch.compile is given the update. The row "network
-alone" is the same calls of the network with nothing around them: what a loop cannot be faster than.
+alone" is the same calls of the network with nothing around them: what a loop cannot be faster than; and so is one CUDA
+graph of these calls for a loop of captured graphs. The larger networks compute in bfloat16, around a float32 state.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 import genkern as gk
 from genkern.noise import Purpose
-from genkern.samplers.loop import Options
 
-from . import peers
+from . import networks, peers
 from .baselines import Careful, Textbook, per_sample
 from .world import CAREFUL, COMPILED, FLOOR, FLOOR_GRAPHED, GENKERN, GRAPHED, TEXTBOOK, Case, Run, World
 
 STEPS = peers.DDIM_STEPS
 BATCH, WIDTH = 256, 64
 IMAGES, CHANNELS, SIDE = 8, 3, 32
+LATENTS = 4  # channels of the transformer's state
+FEW = 20  # steps over the larger networks
 
 
 class MLP(nn.Module):
@@ -54,17 +56,23 @@ class ConvNet(nn.Module):
         return self.last(torch.nn.functional.silu(self.middle(torch.nn.functional.silu(h))))
 
 
-def _seeded(network: type[nn.Module], device: torch.device) -> Any:
+def _seeded(network: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return network().to(device).eval().requires_grad_(False)
+        return network().to(device, dtype).eval().requires_grad_(False)
 
 
 def _flow(world: World, network: Any, shape: tuple[int, ...], name: str, steps: int) -> Case:
-    """x + dt v(x, t) from t = 0 to 1."""
+    """x + dt v(x, t) from t = 0 to 1, over a network with a layer `last`, in its own dtype."""
+    inner, dtype = network, next(network.parameters()).dtype
     x0 = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     grid = torch.arange(steps, device=world.device, dtype=torch.float32) / steps
     times, dt, flow = grid[:, None].expand(steps, shape[0]).contiguous(), 1.0 / steps, gk.FlowMatching()
+
+    def cast(network: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return network if dtype == torch.float32 else lambda x, t: network(x.to(dtype), t).float()
+
+    network, seen = cast(inner), x0.to(dtype)
 
     def loop(update: Callable[[Tensor, Tensor], Tensor]) -> Run:
         def run() -> Tensor:
@@ -83,16 +91,17 @@ def _flow(world: World, network: Any, shape: tuple[int, ...], name: str, steps: 
 
     compiled = world.compiled(lambda x, v: x.copy_(Textbook.euler_step(x, v, dt)))
     case = world.case(name, "loop", [], {
-        GENKERN: functools.partial(flow.sample, network, x0=x0, steps=steps, sampler="euler"),
+        GENKERN: functools.partial(flow.sample, inner, x0=x0, steps=steps, sampler="euler"),
         TEXTBOOK: textbook,
         CAREFUL: loop(lambda x, v: Careful.euler_step(x, v, dt, x)),
         COMPILED: None if compiled is None else loop(compiled),
-        FLOOR: lambda: [network(x0, t) for t in times][-1],
+        FLOOR: lambda: [inner(seen, t) for t in times][-1],
     })  # fmt: skip
-    negated = copy.deepcopy(network)
+    case.dtype = case.dtype if dtype == torch.float32 else "mixed"
+    negated = copy.deepcopy(inner)
     negated.last.weight.neg_()
     negated.last.bias.neg_()
-    peers.add(case, "diffusers", peers.diffusers_euler_loop, negated, x0, times)
+    peers.add(case, "diffusers", peers.diffusers_euler_loop, cast(negated), x0, times)
     peers.add(case, "torchdiffeq", peers.torchdiffeq_loop, network, x0, steps, "euler")
     peers.add(case, "flow_matching", peers.flow_matching_loop, network, x0, steps, "euler")
     return _loop(case, steps, world)
@@ -107,6 +116,28 @@ def flow_conv(world: World) -> Case:
     """Euler's method over a small convolutional network."""
     shape = (IMAGES, CHANNELS, SIDE, SIDE)
     return _flow(world, _seeded(ConvNet, world.device), shape, f"flow, Euler, conv {IMAGES}x{SIDE}x{SIDE}", 20)
+
+
+def unet_name(batch: int) -> str:
+    """The name of a case of flow_unet()."""
+    return f"flow, Euler, UNet {batch}x{CHANNELS}x{SIDE}x{SIDE}"
+
+
+def flow_unet(world: World, batch: int) -> Case:
+    """Euler's method over a small UNet."""
+    network = _seeded(networks.UNet, world.device, torch.bfloat16)
+    return _flow(world, network, (batch, CHANNELS, SIDE, SIDE), unet_name(batch), FEW)
+
+
+def dit_name() -> str:
+    """The name of the case of flow_dit()."""
+    return f"flow, Euler, DiT-S/2 {IMAGES}x{LATENTS}x{SIDE}x{SIDE}"
+
+
+def flow_dit(world: World) -> Case:
+    """Euler's method over a transformer of the size of DiT-S/2."""
+    network = _seeded(networks.DiT, world.device, torch.bfloat16)
+    return _flow(world, network, (IMAGES, LATENTS, SIDE, SIDE), dit_name(), FEW)
 
 
 def heun_mlp(world: World) -> Case:
@@ -247,7 +278,7 @@ def _loop(case: Case, steps: int, world: World) -> Case:
     loop, and the captured calls of the network, besides."""
     case.moved, case.count = None, steps
     runs: dict[str, Any] = case.contenders
-    if world.device.type == "cuda" and "cuda_graph" in Options.__annotations__:
+    if world.device.type == "cuda":
         runs[GRAPHED] = functools.partial(runs[GENKERN], cuda_graph=True)
     case.contenders = {name: functools.partial(_without_gradient, run) for name, run in runs.items()}
     if GRAPHED in runs:

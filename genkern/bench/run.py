@@ -165,6 +165,7 @@ def row_of(case: Case, agreement: dict[str, float], times: dict[str, timing.Time
     if FLOOR_GRAPHED in times:
         over = times[GRAPHED].median - times[FLOOR_GRAPHED].median
         row["microseconds_a_step_over_the_network_graphed"] = over / case.count * 1e6
+        row["ratio_to_the_network_graphed"] = times[GRAPHED].median / times[FLOOR_GRAPHED].median
     row["agreement"], row["skipped"], row["notes"] = agreement, case.skipped, case.notes
     return row
 

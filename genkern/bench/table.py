@@ -135,7 +135,7 @@ def _loops(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     graphed = any(GRAPHED in row["seconds"] for row in chosen)
     head = ["loop", "steps", "time", FLOOR, "a step over it"]
-    head += [GRAPHED, FLOOR_GRAPHED, "a step over it"] * graphed + [*BASELINES, "other libraries"]
+    head += [GRAPHED, FLOOR_GRAPHED, "a step over it", "times it"] * graphed + [*BASELINES, "other libraries"]
     lines = []
     for row in chosen:
         seconds = {name: duration(times["median"]) for name, times in row["seconds"].items()}
@@ -143,7 +143,8 @@ def _loops(rows: Sequence[dict[str, Any]]) -> list[str]:
         cells.append(f"{row['microseconds_a_step_over_the_network']:.1f} us")
         if graphed:
             cells += [seconds.get(GRAPHED, "-"), seconds.get(FLOOR_GRAPHED, "-")]
-            cells.append(f"{row['microseconds_a_step_over_the_network_graphed']:.1f} us")
+            over, ratio = (row.get(f"{name}_the_network_graphed") for name in ("microseconds_a_step_over", "ratio_to"))
+            cells += ["-" if over is None else f"{over:.1f} us", "-" if ratio is None else f"{ratio:.3f}"]
         lines.append([*cells, *_speedups(row)])
     return [_table(head, lines, left=(0, len(head) - 1))]
 

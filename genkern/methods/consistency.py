@@ -25,7 +25,7 @@ from ..fused import apply_row
 from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, loop, network
-from ..samplers.table import Sampler
+from ..samplers.table import Sampler, stages_of
 from ._training import Batch
 from .flow import sampler_named
 
@@ -211,7 +211,7 @@ class Consistency:
             grid = self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
         else:
             grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
-        stages = Multistep(self.sigma_min).stages(self.function, grid)
+        stages = stages_of(Multistep(self.sigma_min), self.function, grid)
         return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **loop.known(options))
 
     def sample_ode(
@@ -253,7 +253,7 @@ class Consistency:
             else:
                 upper = self.times(steps)[::-1] if steps > 1 else np.array([self.sigma_max])
                 grid = np.append(upper, 0.0)
-        stages = sampler_named(sampler).stages(self.teacher, grid)
+        stages = stages_of(sampler_named(sampler), self.teacher, grid)
         return loop.run(teacher, stages, shape, scale=float(grid[0]), **loop.known(options))
 
     def _given(self, steps: int | None, times: Any) -> np.ndarray:

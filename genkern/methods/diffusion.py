@@ -22,7 +22,7 @@ from .. import check, grids, paths
 from ..fused import apply_row
 from ..rows import Out, Row
 from ..samplers import DDIMInversion, OnPath, loop
-from ..samplers.table import Sampler
+from ..samplers.table import Sampler, stages_of
 from ._diffusion_samplers import sampler_named
 from ._training import Batch
 
@@ -243,7 +243,7 @@ class Diffusion:
 
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
-        stages = sampler.stages(OnPath(self.path, self.prediction, round_times), grid)
+        stages = stages_of(sampler, OnPath(self.path, self.prediction, round_times), grid)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import check, grids, paths
 from ..samplers import Euler, Heun, OnPath, loop, network
-from ..samplers.table import Sampler
+from ..samplers.table import Sampler, stages_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
 
 SAMPLERS: dict[str, type[Euler] | type[Heun]] = {"euler": Euler, "heun": Heun}
 DIRECTIONS = ("forward", "backward")
+
+
+@functools.lru_cache(maxsize=64)
+def _even(steps: int, forward: bool) -> np.ndarray:
+    """Even times, kept, and so not to be written."""
+    grid = grids.uniform(steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
+    grid.flags.writeable = False
+    return grid
 
 
 def sampler_named(sampler: str | Sampler) -> Sampler:
@@ -89,7 +99,7 @@ class Flow:
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
         if times is None:
-            grid = grids.uniform(50 if steps is None else steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
+            grid = _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
         elif steps is not None:
             raise ValueError(f"steps: expected None beside times, got {steps}")
         else:
@@ -97,5 +107,5 @@ class Flow:
             if bool(grid[0] < grid[-1]) != forward:
                 order = "increasing" if forward else "decreasing"
                 raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-        stages = sampler_named(sampler).stages(OnPath(self.path, "velocity"), grid)
+        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), grid)
         return loop.run(model, stages, shape, start=start, **loop.known(options))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ..rows import Out, Row
 from . import network
 from .passes import Buffers, Update
 from .table import Stage
+
+if TYPE_CHECKING:
+    from ..graphs import Loop
 
 Callback = Callable[[int, float, Tensor], object]
 
@@ -47,6 +50,9 @@ class Options(TypedDict, total=False):
     return_trajectory: return (x, trajectory), trajectory [steps + 1, B, ...] from the initial state on.
     batch_size: most samples that the loop carries at once; default all.
     differentiable: keep the gradient.
+    cuda_graph: capture the loop as CUDA graphs at the first call, and replay them at further calls of its kind. True
+        keeps them beside the model, for as long as it lives; a genkern.Loop keeps them itself. A model that cannot be
+        captured runs uncaptured, with a warning that says why.
     """
 
     seed: int | None
@@ -64,6 +70,7 @@ class Options(TypedDict, total=False):
     return_trajectory: bool
     batch_size: int | None
     differentiable: bool
+    cuda_graph: bool | Loop
 
 
 def known(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,6 +102,7 @@ class Run:
     model_dtype: torch.dtype
     callback: Callback | None
     return_trajectory: bool
+    progress: bool
     differentiable: bool
 
     @property
@@ -106,6 +114,26 @@ class Run:
         """Whether the network's input is another tensor than the state."""
         scaled = any(stage.input_scale != 1.0 for stage in self.stages)
         return scaled or self.guidance is not None or self.model_dtype != self.dtype
+
+    @property
+    def watched(self) -> bool:
+        """Whether something happens between two steps."""
+        return self.callback is not None or self.return_trajectory or self.progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Samples low .. high-1 of a run: their noise, conditions (doubled under guidance) and guidance scales."""
+
+    low: int
+    high: int
+    noise: Noise
+    cond: dict[str, Any]
+    guidance: Any
+
+    @property
+    def n(self) -> int:
+        return self.high - self.low
 
 
 def run(
@@ -132,6 +160,7 @@ def run(
     return_trajectory: bool = False,
     batch_size: int | None = None,
     differentiable: bool = False,
+    cuda_graph: bool | Loop = False,
 ) -> Any:
     """Walk the stages from an initial state.
 
@@ -190,22 +219,30 @@ def run(
     elif uncond is not None:
         raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
+    captures = None
+    if cuda_graph is not False:
+        from .. import graphs
+
+        if differentiable:
+            raise ValueError("cuda_graph: expected False with differentiable=True, a captured loop keeps no gradient")
+        captures = graphs.captures_of(cuda_graph, model)
     if noise is not None and noise.sample_ids is not None:
         noise = noise.of_samples(check.sample_ids(noise.sample_ids, size[0], False, where))
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
         model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, null, guidance_scale,
-        where, dtype, model_dtype, callback, return_trajectory, differentiable,
+        where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
         return (nothing, nothing.new_empty((task.steps + 1, *size))) if return_trajectory else nothing
+    walked = walk if captures is None else captures.walk
     bounds = [(low, min(low + batch, size[0])) for low in range(0, size[0], batch)]
     with (
         contextlib.nullcontext() if differentiable else torch.no_grad(),
         _bar(progress, task.steps * len(bounds)) as tick,
     ):
-        parts = [_walk(task, low, high, tick) for low, high in bounds]
+        parts = [walked(task, part_of(task, low, high), tick) for low, high in bounds]
     x = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
     if not return_trajectory:
         return x
@@ -229,59 +266,68 @@ def check_source(seed: int | None, noise: Noise | None, generator: torch.Generat
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
 
-def _walk(task: Run, low: int, high: int, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
-    """The stages over samples low .. high-1."""
-    n, last = high - low, len(task.stages) - 1
+def part_of(task: Run, low: int, high: int) -> Part:
+    """Samples low .. high-1 of a run."""
     ids = task.noise.sample_ids
-    if ids is not None or n < task.shape[0]:
+    if ids is not None or high - low < task.shape[0]:
         ids = torch.arange(low, high, device=task.device) if ids is None else ids[low:high]
-    noise = task.noise.of_samples(ids)
     cond = network.of_samples(task.cond, low, high)
     guidance = task.guidance
     if task.uncond is not None:
         cond = network.doubled(network.of_samples(task.uncond, low, high), cond)
         guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
-    calls = n if task.uncond is None else 2 * n
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, guidance)
+
+
+def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
+    """The stages over a part: its last state, and its states from the initial one on where they are asked for."""
+    guided = task.uncond is not None
+    calls = 2 * part.n if guided else part.n
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
     instants = times[:, None].expand(-1, calls).contiguous().unbind()
-    buffers = Buffers(task, n)
-    updates = [Update(task, buffers, i, noise, guidance) for i in range(last + 1)]
+    buffers = Buffers(task, part.n)
+    updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
 
-    x, seen = _begin(task, buffers, noise, low, high)
+    x, seen = begin(task, part, buffers)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
     for stage, update, t in zip(task.stages, updates, instants, strict=True):
-        m = network.at_most(network.call(task.model, seen, t, cond), task.dtype)
-        m_uncond, m = (m[:n], m[n:]) if task.uncond is not None else (None, m)
-        z = None if task.step_noise is None or stage.out.z == 0.0 else _given_noise(task, stage.step, low, high)
-        before, (x, seen) = x, update(x, m, m_uncond, before, z)
-        if stage.time is None:
-            continue
-        if task.return_trajectory:
-            kept.append(x.clone())
-        if task.callback is not None:
-            task.callback(stage.step, stage.time, x.clone())
-        tick()
+        m, m_uncond = network.called(task.model, seen, t, part.cond, task.dtype, guided)
+        before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
+        observe(task, stage, x, kept, tick)
     return x, kept
 
 
-def _begin(task: Run, buffers: Buffers, noise: Noise, low: int, high: int) -> tuple[Tensor, Tensor]:
+def observe(task: Run, stage: Stage, x: Tensor, kept: list[Tensor], tick: Callable[[], object]) -> None:
+    """What is done between two steps: the state is kept and shown, in copies."""
+    if stage.time is None:
+        return
+    if task.return_trajectory:
+        kept.append(x.clone())
+    if task.callback is not None:
+        task.callback(stage.step, stage.time, x.clone())
+    tick()
+
+
+def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
     following = task.stages[0].input_scale
     if task.start is None:
         row = Row(buffers.outputs(Out(z=task.scale), following))
-        return buffers.apply(row, -1, noise=noise.at(Purpose.INITIAL), size=buffers.shape, device=task.device)
+        return buffers.apply(row, -1, noise=part.noise.at(Purpose.INITIAL), size=buffers.shape, device=task.device)
     row = Row(buffers.outputs(Out(x=1.0), following))
-    return buffers.apply(row, -1, x=task.start[low:high])
+    return buffers.apply(row, -1, x=task.start[part.low : part.high])
 
 
-def _given_noise(task: Run, step: int, low: int, high: int) -> Tensor:
-    assert task.step_noise is not None
-    z = task.step_noise[step] if isinstance(task.step_noise, Tensor) else task.step_noise(step)
+def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
+    """The noise that the caller gives a stage, if any."""
+    if task.step_noise is None or stage.out.z == 0.0:
+        return None
+    z = task.step_noise[stage.step] if isinstance(task.step_noise, Tensor) else task.step_noise(stage.step)
     if not isinstance(z, Tensor) or z.shape != task.shape:
         got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"step_noise: expected shape {task.shape} of step {step}, got {got}")
-    return z[low:high].to(task.device, task.dtype)
+        raise ValueError(f"step_noise: expected shape {task.shape} of step {stage.step}, got {got}")
+    return z[part.low : part.high].to(task.device, task.dtype)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,18 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
     return out
 
 
+def called(
+    model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], dtype: torch.dtype, guided: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a row reads of the network: its output, of at most `dtype`'s precision, and the unconditional one, which is
+    the first half of a doubled batch."""
+    m = at_most(call(model, x, t, cond), dtype)
+    if not guided:
+        return m, None
+    n = x.shape[0] // 2
+    return m[n:], m[:n]
+
+
 def at_most(m: Tensor, dtype: torch.dtype) -> Tensor:
     """m, rounded to dtype where it is of a higher precision: no term of a row may exceed the state's."""
     return m.to(dtype) if m.dtype.itemsize > dtype.itemsize else m

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,27 @@ from torch import Tensor
 from .. import check, functions
 from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
-from ..rows import MAX_OUTS, Out, Row
-from ..spec import FIRST_H, M_UNCOND, M, X, Z, numbers
+from ..rows import MAX_OUTS, Out, Row, RowTable, pack
+from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
 
 if TYPE_CHECKING:
     from .loop import Run
+
+
+class Live(NamedTuple):
+    """Where in device memory a captured pass reads what changes from replay to replay.
+
+    key: int64 [3]: seed, stream and the step, which is added to the draw.
+    table, rows: the pass's row is table[rows], rows int64 [1], or [n] of a table with a row for every sample; None: the
+        row is captured with the pass.
+    copies, stage: the same for the pass that copies the state into the network's input, stage int64 [1].
+    """
+
+    key: Tensor
+    table: Tensor | None = None
+    rows: Tensor | None = None
+    copies: Tensor | None = None
+    stage: Tensor | None = None
 
 
 class Update:
@@ -26,28 +42,66 @@ class Update:
     which a second pass then copies from the state.
     """
 
-    def __init__(self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any) -> None:
+    def __init__(
+        self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any, live: Live | None = None
+    ) -> None:
         stage = task.stages[i]
         following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
         clip = task.clip if stage.pred is not None else None
         outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
         split = len(outs) + len(kept) > MAX_OUTS
-        self._copy = Row((Out(x=following),) * (len(outs) - 1)) if split else None
+        self._copy: Row | RowTable | None = Row((Out(x=following),) * (len(outs) - 1)) if split else None
         fused = outs[:1] if split else outs
         self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance)
         self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
         self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
         self._keeps = tuple(slot for slot, _ in stage.keeps)
         drawn = task.step_noise is None and stage.out.z != 0.0
-        self._noise = noise.at(Purpose.STEP, stage.step) if drawn else None
+        self._noise = noise.at(Purpose.STEP, stage.step if live is None else 0) if drawn else None
         self._text: str | None = None
         if buffers.reused:
             written, self._result = buffers.written(i, len(outs))
             self._copied = written[1:] if split else ()
             self._outs = (*written[: len(fused)], *(buffers.memory[slot] for slot in self._keeps))
             self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], self._n_h, self._dtypes)
+            if live is not None:
+                self._bind(live)
             if functions.direct(task.device):
                 self._text = numbers(self._spec)
+
+    def _bind(self, live: Live) -> None:
+        if self._spec.noise:
+            self._tensors[DEVICE_KEY] = live.key
+        if live.table is not None:
+            self._spec = self._spec._replace(row=(), cells=(), scales=())
+            self._tensors[FIRST_VALUE:] = []
+            self._tensors[TABLE], self._tensors[INDEX] = live.table, live.rows
+        if live.copies is not None:
+            self._copy = RowTable(live.copies, len(self._copied), live.stage)
+
+    @property
+    def kind(self) -> Hashable:
+        """What of a pass is no number: two of one kind, over the same buffers, differ in their rows alone."""
+        spec = self._spec
+        return (
+            spec.noise, spec.use_pred, spec.dtypes, self._n_h, self._reads, self._keeps, self._copy is not None,
+            tuple(out.data_ptr() for out in self._outs),
+        )  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws noise."""
+        return self._spec.noise != 0
+
+    @property
+    def cells(self) -> tuple[float, ...]:
+        """The numbers of its row."""
+        return self._spec.row
+
+    @property
+    def copy_cells(self) -> tuple[float, ...] | None:
+        """The numbers of the row that copies the state into the network's input, where a second pass does."""
+        return None if self._copy is None else tuple(pack(self._copy).row)
 
     def __call__(
         self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None
@@ -81,6 +135,33 @@ class Update:
         if self._copy is not None:
             inputs = apply_row(self._copy, x=outs[0], dtypes=(self._buffers.model_dtype,))
         return self._buffers.joined(outs[0], inputs)
+
+
+class First:
+    """The pass before the first network call, from noise or a given state, laid out over the loop's buffers as Update
+    lays out its own: the same bits as Buffers.apply, for loops that begin often.
+
+    noise: its seed and stream are replaced by the key's; key: int64 [3], seed, stream and 0.
+    """
+
+    def __init__(self, task: Run, buffers: Buffers, noise: Noise, key: Tensor) -> None:
+        row = Row(buffers.outputs(Out(z=task.scale) if task.start is None else Out(x=1.0), task.stages[0].input_scale))
+        drawn = noise.at(Purpose.INITIAL) if task.start is None else None
+        self._outs, _ = buffers.written(-1, len(row.outs))
+        dtypes = [out.dtype for out in self._outs]
+        spec, self._tensors = prepared(row, drawn, self._outs[0], 0, dtypes)
+        self._spec = spec._replace(size=buffers.shape, device=task.device) if drawn else spec
+        self._tensors[DEVICE_KEY] = key if drawn else None
+        self._text = numbers(self._spec) if functions.direct(task.device) else None
+
+    def __call__(self, start: Tensor | None) -> None:
+        """Writes the initial state and the first network input."""
+        tensors = self._tensors.copy()
+        tensors[X] = start
+        if self._text is None:
+            functions.map_rows_out(self._spec, self._outs, *tensors)
+        else:
+            functions.run_numbers(self._text, self._outs, tensors)
 
 
 class Buffers:
@@ -129,6 +210,15 @@ class Buffers:
         """A new state, and the next network input from the one half of it that was written, if any."""
         seen = inputs[0] if inputs else x
         return x, torch.cat([seen, seen]) if inputs and self._halves == 2 else seen
+
+    def at(self, stage: int) -> tuple[Tensor, Tensor]:
+        """The state and the network input that a stage's pass has written; -1 is what is before the first stage."""
+        x = self._states[stage % 2]
+        return x, self._inputs[stage % 2] if self._separate else x
+
+    def tensors(self) -> list[Tensor]:
+        """All that the loop's passes write."""
+        return [*self._states, *self.memory, *(self._inputs if self._separate else ())]
 
     def written(self, stage: int, n_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """The outputs of a stage's pass, and, of the same memory, the new state and the next network input."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..paths import Linear
 from ..rows import Out
-from .parameterization import Parameterization
+from .parameterization import OnPath, Parameterization
+
+KEPT = 16  # tables of a path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +58,41 @@ def stage(
 ) -> Stage:  # fmt: skip
     """The stage whose network call is at t."""
     return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time, reads, keeps)
+
+
+def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> Sequence[Stage]:
+    """sampler.stages(network, grid), which is made once and kept for as long as the path lives: to tabulate takes
+    longer than a captured loop over a small network.
+
+    Samplers that are not genkern's own, and those that hold more than plain numbers, are asked every time.
+    """
+    owner = network.path if isinstance(network, OnPath) else network
+    key = (*_plain(sampler), *_plain(network, owner), *_attributes(owner), grid.tobytes())
+    if None in key:
+        return sampler.stages(network, grid)
+    tables = _tables.setdefault(owner, {})
+    if key not in tables:
+        made = tuple(sampler.stages(network, grid))
+        for oldest in list(tables)[: max(len(tables) - KEPT + 1, 0)]:
+            tables.pop(oldest, None)
+        return tables.setdefault(key, made)
+    return tables[key]
+
+
+_tables: weakref.WeakKeyDictionary[Any, dict[Hashable, Sequence[Stage]]] = weakref.WeakKeyDictionary()
+
+
+def _plain(value: Any, but: Any = None) -> tuple[Any, ...]:
+    """An object as its class and the numbers and words that it holds, beside `but`; (None,) where it holds others."""
+    if type(value).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return (None,)
+    held = [(name, kept) for name, kept in vars(value).items() if kept is not but]
+    return (type(value), *held) if all(type(kept) in _NUMBERS for _, kept in held) else (None,)
+
+
+def _attributes(owner: Any) -> list[Hashable]:
+    """What an object holds, arrays by their identity: a path whose attributes are set anew is another path."""
+    return [(name, kept if type(kept) in _NUMBERS else id(kept)) for name, kept in vars(owner).items()]
+
+
+_NUMBERS = (int, float, bool, str)
