@@ -3,23 +3,12 @@
 // cost twenty shuffles a round (2.2 ns a word with AVX2, against 0.8).
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+#include "lanes.h"
 #include "philox.h"
 
 namespace genkern {
 namespace GENKERN_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 
 typedef uint64_t Lanes __attribute__((vector_size(kVectorBytes)));
 
@@ -43,7 +32,7 @@ inline Lanes multiply_low_halves(Lanes a, uint32_t b) {
 // Word k of quad[i] into w[k][i], i < n rounded up to kStep: philox4x32_10 on the low halves of lanes, whose high
 // halves hold anything. Neighbouring quads are the halves of one lane in memory; the two vectors that they make advance
 // side by side, since a round is a chain of eight cycles.
-inline void stage_words(const uint32_t* quad, int n, PhiloxKey first_key, uint32_t draw, uint64_t sample_id,
+inline void stage_words(const uint32_t* quad, int n, const PhiloxKey& first_key, uint32_t draw, uint64_t sample_id,
                         uint32_t (*w)[kStage]) {
   for (int i = 0; i < n; i += kStep) {
     Lanes c[4][2];
@@ -107,7 +96,7 @@ struct Uniforms {
 inline int whole_steps(int n) { return (n + kStep - 1) / kStep * kStep; }
 
 template <typename Numbers>
-void fill(float* to, uint64_t first_quad, int quads, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+void fill(float* to, uint64_t first_quad, int quads, const PhiloxKey& key, uint32_t draw, uint64_t sample_id) {
   alignas(64) uint32_t quad[kStage], words[4][kStage];
   alignas(64) float numbers[4][kStage];
   for (int q = 0; q < quads; q += kStage) {
@@ -127,7 +116,7 @@ void fill(float* to, uint64_t first_quad, int quads, PhiloxKey key, uint32_t dra
 }
 
 template <typename Numbers>
-void fill_at(float* to, const uint64_t* index, int count, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+void fill_at(float* to, const uint64_t* index, int count, const PhiloxKey& key, uint32_t draw, uint64_t sample_id) {
   alignas(64) uint32_t quad[kStage] = {}, lane[kStage] = {}, words[4][kStage];
   alignas(64) float numbers[kStage];
   for (int begin = 0; begin < count; begin += kStage) {
@@ -141,20 +130,24 @@ void fill_at(float* to, const uint64_t* index, int count, PhiloxKey key, uint32_
 }
 
 // Standard normals of 4 * quads elements of a sample, from element 4 * first_quad on.
-inline void fill_normals(float* z, uint64_t first_quad, int quads, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+inline void fill_normals(float* z, uint64_t first_quad, int quads, const PhiloxKey& key, uint32_t draw,
+                         uint64_t sample_id) {
   fill<Normals>(z, first_quad, quads, key, draw, sample_id);
 }
 
-inline void fill_uniforms(float* u, uint64_t first_quad, int quads, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+inline void fill_uniforms(float* u, uint64_t first_quad, int quads, const PhiloxKey& key, uint32_t draw,
+                          uint64_t sample_id) {
   fill<Uniforms>(u, first_quad, quads, key, draw, sample_id);
 }
 
 // Standard normals of the elements index[0 .. count - 1] of a sample.
-inline void normals_at(float* z, const uint64_t* index, int count, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+inline void normals_at(float* z, const uint64_t* index, int count, const PhiloxKey& key, uint32_t draw,
+                       uint64_t sample_id) {
   fill_at<Normals>(z, index, count, key, draw, sample_id);
 }
 
-inline void uniforms_at(float* u, const uint64_t* index, int count, PhiloxKey key, uint32_t draw, uint64_t sample_id) {
+inline void uniforms_at(float* u, const uint64_t* index, int count, const PhiloxKey& key, uint32_t draw,
+                        uint64_t sample_id) {
   fill_at<Uniforms>(u, index, count, key, draw, sample_id);
 }
 
