@@ -54,6 +54,12 @@ GENKERN_HD Vector load_bytes(const void* from) {
   return v;
 }
 
+// v in every lane. v - 0 is v, of -0 too.
+template <typename Acc>
+GENKERN_HD Vec<Acc> splat(Acc v) {
+  return v - Vec<Acc>{};
+}
+
 // a b + c, rounded once, in every lane.
 GENKERN_HD Floats fma_lanes(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -99,13 +105,24 @@ GENKERN_HD void narrow(Acc v, Half& to) {
   to.bits = float_to_half(static_cast<float>(v));
 }
 
+// Shorts in the low halves of words.
+GENKERN_HD Words words_of(Shorts v) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+
 // A vector of elements from memory.
 template <typename Acc, typename Element>
 GENKERN_HD Vec<Acc> load_lanes(const Element* from) {
   if constexpr (std::is_same_v<Acc, Element>) {
     return load_bytes<Vec<Acc>>(from);
   } else if constexpr (std::is_same_v<Acc, float> && std::is_same_v<Element, Bf16>) {
-    return (Floats)(__builtin_convertvector(load_bytes<Shorts>(from), Words) << 16);
+    return (Floats)(words_of(load_bytes<Shorts>(from)) << 16);
 #if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<Acc, float> && std::is_same_v<Element, Half>) {
     return (Floats)_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(from));

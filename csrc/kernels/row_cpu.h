@@ -91,7 +91,7 @@ struct Sum {
     for (int v = 0; v < kGroup; ++v) acc[v] = -Vec<Acc>{};
   }
   GENKERN_HD void add(Acc c, const Group<Acc>& term) {
-    const Vec<Acc> factor = Vec<Acc>{} + c;
+    const Vec<Acc> factor = splat(c);
     for (int v = 0; v < kGroup; ++v) acc[v] = fma_lanes(factor, term[v], acc[v]);
   }
 };
@@ -110,7 +110,7 @@ void apply_groups(const RowPass<Acc>& given, int64_t count) {
       if (p.in[kMUncond].data != nullptr) {
         Group<Acc> u;
         Types::load(p.in[kMUncond], i, u);
-        const Vec<Acc> w = Vec<Acc>{} + cells[kW];
+        const Vec<Acc> w = splat(cells[kW]);
         for (int v = 0; v < kGroup; ++v) m[v] = fma_lanes(w, m[v] - u[v], u[v]);
       }
     }
@@ -122,7 +122,7 @@ void apply_groups(const RowPass<Acc>& given, int64_t count) {
         sum.add(cells[kA], x);
       }
       if (p.in[kM].data != nullptr) sum.add(cells[kB], m);
-      const Vec<Acc> lo = Vec<Acc>{} + cells[kLo], hi = Vec<Acc>{} + cells[kHi];
+      const Vec<Acc> lo = splat(cells[kLo]), hi = splat(cells[kHi]);
       for (int v = 0; v < kGroup; ++v) {
         const Vec<Acc> s = sum.acc[v], below = s > hi ? hi : s;  // rows.h, clamp
         y[v] = s < lo ? lo : below;
