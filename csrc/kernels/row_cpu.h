@@ -13,6 +13,7 @@ namespace GENKERN_ISA {
 namespace {
 
 constexpr int kGroup = 4;
+constexpr int kAhead = 2048;  // bytes: fetched ahead, since the hardware begins anew at every page of every array
 
 // An array from the stretch's first element on.
 struct Operand {
@@ -34,15 +35,25 @@ struct RowPass {
 template <typename Acc>
 using Group = Vec<Acc>[kGroup];
 
+// Asks for the lines that a group will need kAhead bytes later.
+template <typename Acc, typename Element>
+GENKERN_HD void prefetch_group(const Element* at) {
+  constexpr int kBytes = kGroup * kWidth<Acc> * static_cast<int>(sizeof(Element));
+  for (int line = 0; line < kBytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + line);
+}
+
 template <typename Acc, typename Element>
 GENKERN_HD void load_group(const void* data, int64_t at, Group<Acc>& to) {
   const Element* from = static_cast<const Element*>(data) + at;
+  prefetch_group<Acc>(from);
   for (int v = 0; v < kGroup; ++v) to[v] = load_lanes<Acc>(from + v * kWidth<Acc>);
 }
 
 template <typename Acc, typename Element>
 GENKERN_HD void store_group(const Group<Acc>& from, void* data, int64_t at) {
   Element* to = static_cast<Element*>(data) + at;
+  prefetch_group<Acc>(to);
   for (int v = 0; v < kGroup; ++v) store_lanes<Acc>(from[v], to + v * kWidth<Acc>);
 }
 
