@@ -176,22 +176,6 @@ void set_inputs(const MapArgs& args, const Plan& plan, const Span& span, const A
   if (z != nullptr) pass.in[kZ] = {z, DType::f32};
 }
 
-// Asks for the lines of a block's arrays, so that they come while its noise is drawn.
-inline void prefetch(const MapArgs& args, const Plan& plan, const Span& span) {
-  for (int k = 0; k < kInputs + args.n_out; ++k) {
-    if (!given(args, k) || !plan.dense[k]) continue;
-    const Array& array = array_of(args, k);
-    const int64_t size = size_of(array.dtype), offset = span.b * span.walk->batch_stride[k] + span.begin;
-    const char* from = static_cast<const char*>(array.data) + offset * size;
-    for (int64_t at = 0; at < span.count * size; at += 64) {
-      if (k < kInputs)
-        __builtin_prefetch(from + at, 0);
-      else
-        __builtin_prefetch(from + at, 1);
-    }
-  }
-}
-
 // Calls body(task, span, cells, z) for every block of tasks [begin, end), in order; z is null where none is drawn.
 template <typename Acc, typename Body>
 void for_each_block(const MapArgs& args, const Walk& walk, const Plan& plan, int64_t block, int64_t begin, int64_t end,
@@ -217,12 +201,10 @@ void for_each_block(const MapArgs& args, const Walk& walk, const Plan& plan, int
         const int64_t drawn = (at - first) % plan.tiles.at_once;
         if (drawn == 0) {
           const int64_t count = std::min(plan.tiles.at_once, last - at);
-          prefetch(args, plan, {&walk, b, at, static_cast<int>(count)});
           draw_tiles(walk, plan.tiles, at, count, noise, buffers);
         }
         z += drawn;
       } else if (noise.kind != Draw::none) {
-        prefetch(args, plan, span);
         draw_run(walk, plan.dense[kIndex], at, span.count, noise, buffers);
       }
       body(task, span, cells, z);

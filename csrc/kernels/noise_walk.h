@@ -170,8 +170,7 @@ inline void draw_tiles(const Walk& walk, const NoiseTiles& tiles, int64_t begin,
   }
 }
 
-// Elements [begin, begin + count) of the walk, count <= kBlock, to buffers.chunk(). In C order begin is a multiple
-// of 4.
+// Elements [begin, begin + count) of the walk, count <= kBlock, to buffers.chunk(). begin is a multiple of kBlock.
 inline void draw_run(const Walk& walk, bool c_order, int64_t begin, int count, const SampleNoise& noise,
                      NoiseBuffers& buffers) {
   if (c_order) {

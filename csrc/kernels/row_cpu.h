@@ -39,14 +39,13 @@ using Group = Vec<Acc>[kGroup];
 template <typename Acc, typename Element>
 GENKERN_HD void prefetch_group(const Element* at) {
   constexpr int kBytes = kGroup * kWidth<Acc> * static_cast<int>(sizeof(Element));
-  for (int line = 0; line < kBytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + line);
+  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + line);
 }
 
-template <typename Acc, typename Element>
+template <typename Acc, typename Element, bool kFromMemory = true>
 GENKERN_HD void load_group(const void* data, int64_t at, Group<Acc>& to) {
   const Element* from = static_cast<const Element*>(data) + at;
-  prefetch_group<Acc>(from);
+  if (kFromMemory) prefetch_group<Acc>(from);
   for (int v = 0; v < kGroup; ++v) to[v] = load_lanes<Acc>(from + v * kWidth<Acc>);
 }
 
@@ -64,7 +63,7 @@ struct OneType {
     load_group<Acc, Element>(from.data, at, to);
   }
   static GENKERN_HD void load_noise(const Operand& from, int64_t at, Group<Acc>& to) {
-    from.dtype == DType::f32 ? load_group<Acc, float>(from.data, at, to) : load(from, at, to);
+    from.dtype == DType::f32 ? load_group<Acc, float, false>(from.data, at, to) : load(from, at, to);
   }
   static GENKERN_HD void store(const Group<Acc>& from, const Operand& to, int64_t at) {
     store_group<Acc, Element>(from, to.data, at);
