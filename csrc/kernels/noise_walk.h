@@ -67,7 +67,7 @@ inline NoiseTiles find_tiles(const Walk& walk) {
     // The index strides of the other dimensions are multiples of this one's size, so that quads start where tiles do.
     if (walk.strides[kIndex][d] == 1) {
       if (walk.sizes[d] % 4 != 0) return {};
-      const int64_t wanted = 32 * 4 * inner;
+      const int64_t wanted = 64 * 4 * inner;
       return {d, inner, std::min((wanted + kBlock - 1) / kBlock * kBlock, kChunk)};
     }
     inner *= walk.sizes[d];
