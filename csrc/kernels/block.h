@@ -1,21 +1,13 @@
-// A row applied to one block of a sample on the CPU: terms are brought into float (double) buffers that stay in the
-// first cache, combined by one loop a row of N terms, and stored. Plain loops that the compiler vectorises for
-// GENKERN_ISA.
+// A row applied to one block of a sample on the CPU: arrays that the walk meets in the order of memory are read and
+// written where they lie (row_cpu.h), the others by way of buffers that stay in the first cache.
 #pragma once
 
-#include <type_traits>
-
-#include "half.h"
-#include "isa.h"
-#include "noise_block.h"
-#include "rows.h"
+#include "noise_walk.h"
+#include "row_cpu.h"
 
 namespace genkern {
 namespace GENKERN_ISA {
 namespace {
-
-constexpr int kBlock = 512;
-constexpr int kMaxTerms = 7;  // y, x, m, three h, z
 
 // Where a block lies: elements [begin, begin + count) of sample b, in the walk's order.
 struct Span {
@@ -28,23 +20,14 @@ struct Span {
 template <typename Body>
 void for_each_run(const Span& span, int k, Body body) {
   const Walk& walk = *span.walk;
-  if (walk.linear) {  // without the divisions, which would cost as much as the arithmetic of a block
-    body(span.b * walk.batch_stride[k] + span.begin, int64_t{1}, int64_t{0}, static_cast<int64_t>(span.count));
-    return;
-  }
+  if (is_dense(walk, k))
+    return body(span.b * walk.batch_stride[k] + span.begin, int64_t{1}, int64_t{0}, int64_t{span.count});
   const int last = walk.ndim - 1;
-  int64_t at = 0;
-  while (at < span.count) {
-    int64_t rest = span.begin + at;
-    int64_t offset = span.b * walk.batch_stride[k];
-    const int64_t inner = rest % walk.sizes[last];
-    rest /= walk.sizes[last];
-    for (int d = last - 1; d >= 0; --d) {
-      offset += rest % walk.sizes[d] * walk.strides[k][d];
-      rest /= walk.sizes[d];
-    }
+  for (int64_t at = 0; at < span.count;) {
+    const int64_t inner = (span.begin + at) % walk.sizes[last];
+    const int64_t offset = offset_of(walk, k, last, (span.begin + at) / walk.sizes[last]);
     const int64_t count = std::min(walk.sizes[last] - inner, span.count - at);
-    body(offset + inner * walk.strides[k][last], walk.strides[k][last], at, count);
+    body(span.b * walk.batch_stride[k] + offset + inner * walk.strides[k][last], walk.strides[k][last], at, count);
     at += count;
   }
 }
@@ -109,19 +92,9 @@ void scatter(const Span& span, int k, const From* from, void* data) {
   });
 }
 
+// The block of array k as Acc, in buffer.
 template <typename Acc>
-constexpr DType dtype_of() {
-  return sizeof(Acc) == 8 ? DType::f64 : DType::f32;
-}
-
-// The element in memory at which a linear span starts.
-inline int64_t linear_offset(const Span& span, int k) { return span.b * span.walk->batch_stride[k] + span.begin; }
-
-// The block of array k as Acc: where it lies already, if it does, else in buffer.
-template <typename Acc>
-const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
-  if (span.walk->linear && array.dtype == dtype_of<Acc>())
-    return static_cast<const Acc*>(array.data) + linear_offset(span, k);
+void load(const Span& span, int k, const Array& array, Acc* buffer) {
   switch (array.dtype) {
     case DType::f32: gather<float, Plain>(span, k, array.data, buffer); break;
     case DType::f64: gather<double, Plain>(span, k, array.data, buffer); break;
@@ -129,7 +102,6 @@ const Acc* load(const Span& span, int k, const Array& array, Acc* buffer) {
     case DType::bf16: gather<uint16_t, FromBf16>(span, k, array.data, buffer); break;
     case DType::u8: gather<uint8_t, FromBool>(span, k, array.data, buffer); break;
   }
-  return buffer;
 }
 
 template <typename Acc>
@@ -143,59 +115,16 @@ void store(const Span& span, int k, const Array& array, const Acc* values) {
   }
 }
 
-// An element as it lies in memory, where a row is applied without buffers between.
-struct Bf16 {
-  uint16_t bits;
-};
-inline float widen(Bf16 v) { return bf16_to_float(v.bits); }
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline void narrow(float v, Bf16& to) { to.bits = float_to_bf16(v); }
-inline void narrow(float v, float& to) { to = v; }
-inline void narrow(double v, double& to) { to = v; }
-
-// acc = c0 t0, then acc = fma(ck, tk, acc). out may be one of the terms: element i is read before it is written.
-template <int kTerms, typename Acc, typename Element>
-void combine_terms(const Acc* c, const Element* const* terms, Element* out, int count) {
-  Acc coefficient[kTerms];
-  const Element* term[kTerms];
-  for (int k = 0; k < kTerms; ++k) coefficient[k] = c[k], term[k] = terms[k];
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) {
-    Acc acc = coefficient[0] * widen(term[0][i]);
-    for (int k = 1; k < kTerms; ++k) acc = fma_(coefficient[k], widen(term[k][i]), acc);
-    narrow(acc, out[i]);
-  }
-}
-
-template <typename Acc, typename Element>
-void combine(int n_terms, const Acc* c, const Element* const* terms, Element* out, int count) {
-  switch (n_terms) {
-    case 1: return combine_terms<1>(c, terms, out, count);
-    case 2: return combine_terms<2>(c, terms, out, count);
-    case 3: return combine_terms<3>(c, terms, out, count);
-    case 4: return combine_terms<4>(c, terms, out, count);
-    case 5: return combine_terms<5>(c, terms, out, count);
-    case 6: return combine_terms<6>(c, terms, out, count);
-    case 7: return combine_terms<7>(c, terms, out, count);
-    default: break;  // a row has a term: faces/call.h
-  }
+template <typename Acc>
+constexpr DType dtype_of() {
+  return sizeof(Acc) == 8 ? DType::f64 : DType::f32;
 }
 
 template <typename Acc>
 struct Buffers {
   alignas(64) Acc in[kInputs][kBlock];
-  alignas(64) Acc pred[kBlock];
   alignas(64) Acc out[kMaxOuts][kBlock];
-  alignas(64) float noise[kBlock];
-  uint64_t index[kBlock];
-};
-
-struct SampleNoise {
-  Draw kind;
-  PhiloxKey key;
-  uint32_t draw;
-  uint64_t sample_id;
+  NoiseBuffers noise;
 };
 
 inline SampleNoise sample_noise(const NoiseSource& source, int64_t b) {
@@ -207,77 +136,52 @@ inline SampleNoise sample_noise(const NoiseSource& source, int64_t b) {
   return {source.draw_kind, philox_key(seed, stream), draw, static_cast<uint64_t>(id)};
 }
 
-// A linear span starts at a multiple of kBlock, so its quads are whole but for the last, which buffer has room for.
-template <typename Acc>
-const Acc* draw_noise(const Span& span, const SampleNoise& noise, Buffers<Acc>& buffers) {
-  float* z = buffers.noise;
-  if (span.walk->linear) {
-    const auto fill = noise.kind == Draw::normal ? fill_normals : fill_uniforms;
-    fill(z, static_cast<uint64_t>(span.begin) / 4, (span.count + 3) / 4, noise.key, noise.draw, noise.sample_id);
-  } else {
-    for_each_run(span, kIndex, [&](int64_t offset, int64_t stride, int64_t at, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) buffers.index[at + i] = static_cast<uint64_t>(offset + i * stride);
-    });
-    const auto pick = noise.kind == Draw::normal ? normals_at : uniforms_at;
-    pick(z, buffers.index, span.count, noise.key, noise.draw, noise.sample_id);
+// A pass on the CPU: the arrays that are read and written where they lie, and the elements of a block.
+struct Plan {
+  bool dense[kWalkArrays];
+  NoiseTiles tiles;
+  int64_t block;
+};
+
+inline void make_plan(const MapArgs& args, const Walk& walk, Plan& plan) {
+  bool buffered = args.noise.draw_kind != Draw::none;
+  for (int k = 0; k < kWalkArrays; ++k) {
+    plan.dense[k] = is_dense(walk, k);
+    if (given(args, k) && k != kMask) buffered = buffered || !plan.dense[k];
   }
-  if constexpr (sizeof(Acc) == sizeof(float)) {
-    return z;
-  } else {
-    for (int i = 0; i < span.count; ++i) buffers.in[kZ][i] = z[i];
-    return buffers.in[kZ];
-  }
+  plan.block = buffered ? kBlock : kChunk;
+  if (args.noise.draw_kind != Draw::none && !plan.dense[kIndex]) plan.tiles = find_tiles(walk);
 }
 
-// The terms after y, in the order in which they are added, and their cells.
-constexpr Input kOrder[kMaxTerms - 1] = {kX, kM, kH0, kH1, kH2, kZ};
-constexpr OutCell kTermCell[kMaxTerms - 1] = {kOutX, kOutM, kOutH0, kOutH1, kOutH2, kOutZ};
-
-// The row's outputs for one block, each in result[j]. The last pass writes where `direct` says, if it is not null.
 template <typename Acc>
-void apply_row(const MapArgs& args, const Span& span, const Acc* cells, const SampleNoise& noise, Buffers<Acc>& buffers,
-               Acc* direct, const Acc** result) {
-  const Acc* in[kInputs] = {};
-  for (int k = 0; k < kMask; ++k)
-    if (args.in[k].data != nullptr) in[k] = load(span, k, args.in[k], buffers.in[k]);
-  if (noise.kind != Draw::none) in[kZ] = draw_noise(span, noise, buffers);
-  const int count = span.count;
-
-  if (in[kMUncond] != nullptr) {
-    const Acc *c = in[kM], *u = in[kMUncond], w = cells[kW];
-    Acc* guided = buffers.in[kM];
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) guided[i] = fma_(w, c[i] - u[i], u[i]);
-    in[kM] = guided;
-  }
-  if (args.use_pred) {
-    Acc coefficients[2];
-    const Acc* terms[2];
-    int n = 0;
-    if (in[kX] != nullptr) coefficients[n] = cells[kA], terms[n++] = in[kX];
-    if (in[kM] != nullptr) coefficients[n] = cells[kB], terms[n++] = in[kM];
-    combine(n, coefficients, terms, buffers.pred, count);
-    const Acc lo = cells[kLo], hi = cells[kHi];
-    for (int i = 0; i < count; ++i) buffers.pred[i] = clamp(buffers.pred[i], lo, hi);
-  }
-  for (int j = 0; j < args.n_out; ++j) {
-    const Acc* c = cells + kFirstOut + kOutCells * j;
-    Acc coefficients[kMaxTerms];
-    const Acc* terms[kMaxTerms];
-    int n = 0;
-    if (args.use_pred) coefficients[n] = c[kOutY], terms[n++] = buffers.pred;
-    for (int t = 0; t < kMaxTerms - 1; ++t)
-      if (in[kOrder[t]] != nullptr) coefficients[n] = c[kTermCell[t]], terms[n++] = in[kOrder[t]];
-    Acc* out = direct != nullptr && j == args.n_out - 1 ? direct : buffers.out[j];
-    combine(n, coefficients, terms, out, count);
-    result[j] = out;
-  }
+Operand operand(const Plan& plan, const Span& span, int k, const Array& array, Acc* buffer) {
+  if (!plan.dense[k]) return {buffer, dtype_of<Acc>()};
+  const int64_t offset = span.b * span.walk->batch_stride[k] + span.begin;
+  return {static_cast<char*>(array.data) + offset * size_of(array.dtype), array.dtype};
 }
 
-// Calls body(span, cells, noise) for every block of tasks [begin, end), in order.
+// The inputs of a block; its outputs are the caller's to set.
+template <typename Acc>
+void set_inputs(const MapArgs& args, const Plan& plan, const Span& span, const Acc* cells, float* z,
+                Buffers<Acc>& buffers, RowPass<Acc>& pass) {
+  pass.cells = cells;
+  pass.use_pred = args.use_pred;
+  pass.n_out = args.n_out;
+  for (int k = 0; k < kMask; ++k) {
+    pass.in[k] = {nullptr, DType::f32};
+    if (args.in[k].data == nullptr) continue;
+    pass.in[k] = operand(plan, span, k, args.in[k], buffers.in[k]);
+    if (!plan.dense[k]) load(span, k, args.in[k], buffers.in[k]);
+  }
+  if (z != nullptr) pass.in[kZ] = {z, DType::f32};
+}
+
+// Calls body(task, span, cells, z) for every block of tasks [begin, end), in order; z is null where none is drawn.
 template <typename Acc, typename Body>
-void for_each_block(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end, Body body) {
+void for_each_block(const MapArgs& args, const Walk& walk, const Plan& plan, int64_t block, int64_t begin, int64_t end,
+                    NoiseBuffers& buffers, Body body) {
   const int64_t chunks = chunks_per_sample(walk.n);
+  const bool by_tiles = plan.tiles.inner > 0;
   Acc cells[kMaxCells];
   SampleNoise noise{};
   int64_t loaded = -1;
@@ -290,8 +194,21 @@ void for_each_block(const MapArgs& args, const Walk& walk, int64_t begin, int64_
     }
     const int64_t first = task % chunks * kChunk;
     const int64_t last = std::min(first + kChunk, walk.n);
-    for (int64_t at = first; at < last; at += kBlock)
-      body(task, Span{&walk, b, at, static_cast<int>(std::min<int64_t>(kBlock, last - at))}, cells, noise);
+    for (int64_t at = first; at < last; at += block) {
+      const Span span{&walk, b, at, static_cast<int>(std::min(block, last - at))};
+      float* z = noise.kind != Draw::none ? buffers.chunk() : nullptr;
+      if (by_tiles) {
+        const int64_t drawn = (at - first) % plan.tiles.at_once;
+        if (drawn == 0) {
+          const int64_t count = std::min(plan.tiles.at_once, last - at);
+          draw_tiles(walk, plan.tiles, at, count, noise, buffers);
+        }
+        z += drawn;
+      } else if (noise.kind != Draw::none) {
+        draw_run(walk, plan.dense[kIndex], at, span.count, noise, buffers);
+      }
+      body(task, span, cells, z);
+    }
   }
 }
 

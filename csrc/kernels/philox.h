@@ -154,9 +154,16 @@ GENKERN_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   float c = fma_(kCos2, v2, kCos1);
   c = fma_(c, v2, kCos0);
   c = fma_(c, v2, 1.0f);
+#if defined(__CUDA_ARCH__)
   const bool odd = static_cast<int32_t>(h << 1) < 0;
-  const uint32_t cosine = bits_of(odd ? s : c) ^ ((h + 0x40000000u) & 0x80000000u);  // minus in quadrants 1 and 2
-  const uint32_t sine = bits_of(odd ? c : s) ^ (h & 0x80000000u);                    // minus in quadrants 2 and 3
+  const uint32_t even_s = bits_of(odd ? c : s), even_c = bits_of(odd ? s : c);
+#else  // in AVX2 a selection takes three operations, and exchanging by exclusive ors fewer than two selections
+  const uint32_t odd = static_cast<uint32_t>(static_cast<int32_t>(h << 1) >> 31);
+  const uint32_t exchange = (bits_of(s) ^ bits_of(c)) & odd;
+  const uint32_t even_s = bits_of(s) ^ exchange, even_c = bits_of(c) ^ exchange;
+#endif
+  const uint32_t cosine = even_c ^ ((h + 0x40000000u) & 0x80000000u);  // minus in quadrants 1 and 2
+  const uint32_t sine = even_s ^ (h & 0x80000000u);                    // minus in quadrants 2 and 3
   z0 = r * float_of(cosine);
   z1 = r * float_of(sine);
 }

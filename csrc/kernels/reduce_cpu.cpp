@@ -61,25 +61,30 @@ double sum_rho_masked(Rho rho, const Acc* mask, Acc* r, int count) {
 template <typename Acc>
 void reduce_typed(const ReduceCpu& args, int64_t begin, int64_t end) {
   const MapArgs& map = *args.map;
+  Plan plan;
+  make_plan(map, *args.walk, plan);
   Buffers<Acc> buffers;
   for (int64_t task = begin; task < end; ++task) args.partials[2 * task] = args.partials[2 * task + 1] = 0.0;
-  for_each_block<Acc>(map, *args.walk, begin, end,
-                      [&](int64_t task, const Span& span, const Acc* cells, const SampleNoise& noise) {
-                        const Acc* result[kMaxOuts];
-                        apply_row(map, span, cells, noise, buffers, static_cast<Acc*>(nullptr), result);
-                        Acc* r = buffers.out[0];
-                        double sum, elements = span.count;
-                        if (map.in[kMask].data != nullptr) {
-                          const Acc* mask = load(span, kMask, map.in[kMask], buffers.in[kMask]);
-                          elements = sum_block<Acc>(span.count, [=](int i) { return mask[i]; });
-                          sum = sum_rho_masked(args.rho, mask, r, span.count);
-                        } else {
-                          sum = sum_rho(args.rho, r, span.count);
-                        }
-                        store(span, kInputs, map.out[0], r);
-                        args.partials[2 * task] += sum;
-                        args.partials[2 * task + 1] += elements;
-                      });
+  auto body = [&](int64_t task, const Span& span, const Acc* cells, float* z) {
+    RowPass<Acc> pass;
+    set_inputs(map, plan, span, cells, z, buffers, pass);
+    Acc* r = buffers.out[0];
+    pass.out[0] = {r, dtype_of<Acc>()};
+    apply(pass, z != nullptr, span.count);
+    double sum, elements = span.count;
+    if (map.in[kMask].data != nullptr) {
+      Acc* mask = buffers.in[kMask];
+      load(span, kMask, map.in[kMask], mask);
+      elements = sum_block<Acc>(span.count, [=](int i) { return mask[i]; });
+      sum = sum_rho_masked(args.rho, mask, r, span.count);
+    } else {
+      sum = sum_rho(args.rho, r, span.count);
+    }
+    store(span, kInputs, map.out[0], r);
+    args.partials[2 * task] += sum;
+    args.partials[2 * task + 1] += elements;
+  };
+  for_each_block<Acc>(map, *args.walk, plan, kBlock, begin, end, buffers.noise, body);
 }
 
 }  // namespace
