@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rows
+from . import eager, rows
 from .calls import CODES, direct, draw, run_map, run_map_out, run_numbers, run_reduce, transformed
 from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, pulled_back, pushed_forward, transposed_call, transposed_terms
 from .reference import formula as reference
-from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke
+from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke, unpacked
 
 __all__ = [
     "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
@@ -82,7 +82,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _given(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
+def _given(tensors: Sequence[Any]) -> tuple[bool, ...]:
     return tuple(t is not None for t in tensors)
 
 
@@ -203,22 +203,27 @@ class _CompiledReduce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
         residual, _, *tensors = ctx.saved_tensors
-        return _reduce_backward(ctx, residual, tensors, grad_sums, False)
+        return _reduce_backward(ctx, residual, tensors, _first(grad_sums), False)
 
 
 def _reduce_backward(
-    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], grad_sums: Tensor | None, in_place: bool
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], factor: Tensor | None, in_place: bool
 ) -> tuple[Any, ...]:
+    """factor: the gradient of a sample's sum, [B] or, the same for all, [1]."""
     spec, needed = ctx.spec, ctx.needs_input_grad[2:]
-    if grad_sums is None:
+    if factor is None:
         return (None,) * (2 + len(needed))
-    factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
+    factor = factor if spec.kind else 2.0 * factor
     wanted = transposed_terms(spec, ctx.given, needed)
     if wanted is None:
-        g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
+        g = residual.to(factor.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
         return (None, None, *pulled_back(spec, tensors, [g], needed, masked=True))
     into = residual if in_place else None
     return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, into))
+
+
+def _first(grad_sums: Tensor | None) -> Tensor | None:
+    return None if grad_sums is None else grad_sums[:, 0].contiguous()
 
 
 class _Once(torch.autograd.Function):
@@ -249,6 +254,25 @@ class _Once(torch.autograd.Function):
 _ONCE = "path_loss: expected one derivative, got a second one; its sums are differentiable once"
 
 
+def _reduce_backward_once(
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], result: Tensor, grad: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients, tied where they may be differentiated to the result that grad is the gradient of."""
+    again = torch.is_grad_enabled() or transformed()
+    in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
+    # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
+    if not again:
+        return _reduce_backward(ctx, residual, tensors, factor, in_place)
+    with torch.no_grad():
+        found = _reduce_backward(ctx, residual, tensors, factor, False)
+    slots = [k for k, g in enumerate(found) if g is not None]
+    if not slots:
+        return found
+    tied = dict(zip(slots, _Once.apply(result, grad, *(found[k] for k in slots)), strict=True))
+    return tuple(tied.get(k) for k in range(len(found)))
+
+
 class _Reduce(_CompiledReduce):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -261,18 +285,7 @@ class _Reduce(_CompiledReduce):
     @staticmethod
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
         residual, sums, *tensors = ctx.saved_tensors
-        again = torch.is_grad_enabled() or transformed()
-        in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
-        # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
-        if not again:
-            return _reduce_backward(ctx, residual, tensors, grad_sums, in_place)
-        with torch.no_grad():
-            found = _reduce_backward(ctx, residual, tensors, grad_sums, False)
-        slots = [k for k, g in enumerate(found) if g is not None]
-        if not slots:
-            return found
-        tied = dict(zip(slots, _Once.apply(sums, grad_sums, *(found[k] for k in slots)), strict=True))
-        return tuple(tied.get(k) for k in range(len(found)))
+        return _reduce_backward_once(ctx, residual, tensors, sums, grad_sums, _first(grad_sums))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> tuple[None, Tensor]:
@@ -297,6 +310,77 @@ class _Reduce(_CompiledReduce):
             return tuple(invoke(reference.reduce, spec, full, mask, spec.kind))
 
         return _over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
+
+
+class _EagerMap(torch.autograd.Function):
+    """What ties a map that genkern.eager has run to autograd. Nothing transforms such a call, so it needs neither
+    setup_context, which alone costs as much as five small kernels, nor jvp and vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, ready: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *ctx.call, kept, outs = ready  # not the outputs, which hold ctx
+        ctx.set_materialize_grads(False)
+        if kept:
+            ctx.save_for_backward(*_kept_eagerly(kept, tensors))
+        return outs  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        return _CompiledMap.backward(ctx, *grads)
+
+
+class _EagerReduce(torch.autograd.Function):
+    """The same of a reduction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        *ctx.call, kept, (residual, sums) = ready
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(residual)
+        ctx.save_for_backward(residual, sums, *_kept_eagerly(kept, tensors))
+        ctx.scratch = ready[3] and _saving_hooks(False) is None
+        return residual, sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        return _Reduce.backward(ctx, *grads)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The same of a reduction summed over the batch: ready[3] is the factor of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        *ctx.call, kept, (residual, loss) = ready
+        ctx.save_for_backward(residual, loss, *_kept_eagerly(kept, tensors))
+        ctx.scratch = _saving_hooks(False) is None
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        residual, loss, *tensors = ctx.saved_tensors
+        factor = (ctx.call[3] * grad.detach()).reshape(1)
+        return _reduce_backward_once(ctx, residual, tensors, loss, grad, factor)
+
+
+def _kept_eagerly(kept: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """As _kept, which csrc/python/eager.cpp has decided: nothing, the coefficients, all."""
+    return (*[None] * FIRST_VALUE, *tensors[FIRST_VALUE:]) if kept == 1 else tensors if kept else ()
+
+
+def _lay_out(ctx: Any) -> None:
+    numbers, n_h, codes, _, ctx.dtypes = ctx.call
+    ctx.spec, ctx.given = unpacked(numbers, n_h, codes), _given(ctx.dtypes)
+
+
+# Past Function.apply, which asks what genkern.eager has asked.
+_apply = torch._C._FunctionBase.__dict__["apply"]
+eager.connect(*(_apply.__get__(None, function) for function in (_EagerMap, _EagerReduce, _EagerLoss)))
 
 
 def _drawn_once(

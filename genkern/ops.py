@@ -10,12 +10,13 @@ The same names in plain PyTorch are in genkern.reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from . import check, rows
+from . import check, eager, rows
 from .check import coefficient as _coef
-from .fused import NAMES, apply_row, reduce_row
+from .fused import NAMES, apply_row, reduce_batch, reduce_row
 from .noise import Noise
 from .rows import DDIMRow, Out, Row, times
 
@@ -292,7 +293,8 @@ def path_loss(
     coefs = tuple(_coef(f"h_coefs[{k}]", value, model_output) for k, value in enumerate(coefs))
     if noise is None and not (isinstance(noise_coef, float) and noise_coef == 0.0):
         raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
-    names, x_name = [f"h[{k}]" for k in range(len(h))], "x"
+    names: Any = [f"h[{k}]" for k in range(len(h))]
+    x_name = "x"
     if x is None:
         if not (isinstance(x_coef, float) and x_coef == 0.0):
             raise ValueError("x_coef: expected 0 where x is not given, got another number")
@@ -310,15 +312,16 @@ def path_loss(
     row = Row(
         (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
     )
-    _, sums = reduce_row(
-        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind="l1" if kind == "l1" else "l2", scratch=True,
-        names=(x_name, "model_output", "m_uncond", "noise", *names),
-    )  # fmt: skip
+    names = (x_name, "model_output", "m_uncond", "noise", *names)
+    terms = {"x": x, "m": model_output, "h": h, "noise": noise, "kind": "l1" if kind == "l1" else "l2", "names": names}
+    shape = model_output.shape
+    elements = math.prod(shape[1:])
+    if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
+        number = elements * shape[0] if reduction == "mean" else elements
+        return reduce_batch(row, 1.0 / max(number, 1), **terms)
+    _, sums = reduce_row(row, mask=mask, scratch=True, **terms)
     total, count = sums[:, 0], sums[:, 1]
     if kind == "pseudo_huber":
-        elements = 1
-        for size in model_output.shape[1:]:
-            elements *= size
         c = 0.00054 * max(elements, 1) ** 0.5 if c is None else check.number("c", c)
         if not c > 0.0:
             raise ValueError(f"c: expected a number > 0, got {c}")
@@ -354,6 +357,10 @@ def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | N
 
 
 def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:
+    if eager.face is not None and not check.compiling():
+        quick = eager.face.draw(shape, noise, device, dtype, out, 1 + uniform)
+        if quick is not None:
+            return quick
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: expected a Noise, got {type(noise).__name__}")
     size = check.shape(shape)
