@@ -36,6 +36,7 @@ def connect(map_function: Any, reduce_function: Any, loss_function: Any) -> None
         "dtypes": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
         "empty": torch.empty,
         "empty_like": torch.empty_like,
+        "empty_strided": torch.empty_strided,
         "is_neg": torch.is_neg,
         "increment_version": torch._C._increment_version,
         "functorch": torch._C._functorch.peek_interpreter_stack,

@@ -318,8 +318,9 @@ class _EagerMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ready: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        *ctx.call, kept, outs = ready  # not the outputs, which hold ctx
-        ctx.set_materialize_grads(False)
+        ctx.call, kept, outs = ready  # without the outputs, which hold ctx
+        if len(outs) > 1:
+            ctx.set_materialize_grads(False)
         if kept:
             ctx.save_for_backward(*_kept_eagerly(kept, tensors))
         return outs  # type: ignore[no-any-return]
@@ -337,11 +338,11 @@ class _EagerReduce(torch.autograd.Function):
     def forward(
         ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        *ctx.call, kept, (residual, sums) = ready
+        ctx.call, kept, (residual, sums) = ready
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(residual)
         ctx.save_for_backward(residual, sums, *_kept_eagerly(kept, tensors))
-        ctx.scratch = ready[3] and _saving_hooks(False) is None
+        ctx.scratch = ctx.call[3] and _saving_hooks(False) is None
         return residual, sums
 
     @staticmethod
@@ -351,11 +352,11 @@ class _EagerReduce(torch.autograd.Function):
 
 
 class _EagerLoss(torch.autograd.Function):
-    """The same of a reduction summed over the batch: ready[3] is the factor of the sum."""
+    """The same of a reduction summed over the batch; ctx.call[3] is the factor of the sum."""
 
     @staticmethod
     def forward(ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        *ctx.call, kept, (residual, loss) = ready
+        ctx.call, kept, (residual, loss) = ready
         ctx.save_for_backward(residual, loss, *_kept_eagerly(kept, tensors))
         ctx.scratch = _saving_hooks(False) is None
         return loss  # type: ignore[no-any-return]

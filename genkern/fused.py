@@ -51,7 +51,7 @@ def apply_row(
         ValueError: shapes, devices or lengths that differ; a coefficient whose term is not given. TypeError: arrays of
             mixed kinds or not floating.
     """
-    if eager.face is not None and not check.compiling():
+    if not check.compiling() and eager.face is not None:
         quick: tuple[Any, ...] | None = eager.face.map_row(row, x, m, m_uncond, h, noise, out, dtypes, 1 + uniform)
         if quick is not None:
             return quick
@@ -123,7 +123,7 @@ def reduce_row(
         (residual, sums): the residual in m's dtype (x's without m), without a gradient; sums [B, 2], float32 (float64
         for float64): of rho(r), and of the mask (the number of unmasked elements), differentiable once.
     """
-    if eager.face is not None and not check.compiling() and kind in KINDS:
+    if not check.compiling() and eager.face is not None and kind in KINDS:
         quick: tuple[Any, Any] | None = eager.face.reduce_row(
             row, x, m, m_uncond, h, noise, mask, KINDS.index(kind), scratch
         )
@@ -149,7 +149,7 @@ def reduce_batch(
 ) -> Any:  # fmt: skip
     """scale times the sum over all samples of reduce_row's sums: a number (0-d), summed in an order that depends on
     the batch alone, by a reduction of the sums."""
-    if eager.face is not None and not check.compiling():
+    if not check.compiling() and eager.face is not None:
         quick = eager.face.loss_row(row, x, m, None, h, noise, None, KINDS.index(kind), scale)
         if quick is not None:
             return quick

@@ -31,6 +31,7 @@ REDUCTIONS = ("mean", "sum", "none")
 _STEP = ("x", "v", "uncond", *NAMES[3:])
 _HEUN = ("x", "v", "m_uncond", "noise", "v_next", *NAMES[5:])
 _SKIP = ("x", "network_output", "uncond", *NAMES[3:])
+_TARGETS = NAMES[4:]
 _DDIM = ("x_t", "model_output", "uncond", *NAMES[3:])
 
 
@@ -279,24 +280,17 @@ def path_loss(
     model_output = _needed("model_output", model_output)
     check.choice("kind", kind, LOSSES)
     check.choice("reduction", reduction, REDUCTIONS)
-    check.terms([("model_output", model_output)])
-    for name, value in (("h", h), ("h_coefs", h_coefs)):
-        if not isinstance(value, (tuple, list)):
-            raise TypeError(f"{name}: expected a tuple or a list, got {type(value).__name__}")
-    h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
-    if len(coefs) != len(h):
-        raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
-    x_coef, noise_coef, m_coef = (
-        _coef(name, value, model_output)
-        for name, value in (("x_coef", x_coef), ("noise_coef", noise_coef), ("m_coef", m_coef))
-    )
-    coefs = tuple(_coef(f"h_coefs[{k}]", value, model_output) for k, value in enumerate(coefs))
-    if noise is None and not (isinstance(noise_coef, float) and noise_coef == 0.0):
+    check.terms((("model_output", model_output),))
+    coefs: tuple[Coef, ...] = ()
+    if not (type(h) is type(h_coefs) is tuple and len(h) == len(h_coefs) == 0):
+        h, coefs = _targets(h, h_coefs, model_output)
+    x_coef, noise_coef = _coef("x_coef", x_coef, model_output), _coef("noise_coef", noise_coef, model_output)
+    m_coef = _coef("m_coef", m_coef, model_output)
+    if noise is None and not (type(noise_coef) is float and noise_coef == 0.0):
         raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
-    names: Any = [f"h[{k}]" for k in range(len(h))]
-    x_name = "x"
+    names, x_name = _TARGETS[: len(h)], "x"
     if x is None:
-        if not (isinstance(x_coef, float) and x_coef == 0.0):
+        if not (type(x_coef) is float and x_coef == 0.0):
             raise ValueError("x_coef: expected 0 where x is not given, got another number")
         # The term of highest precision takes the state's place, which sets the arithmetic's.
         given = None if isinstance(noise, Noise) else noise
@@ -307,19 +301,19 @@ def path_loss(
         if k == len(h):
             x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
         elif k >= 0:
-            x_name, x, x_coef = names.pop(k), h[k], coefs[k]
-            h, coefs = h[:k] + h[k + 1 :], coefs[:k] + coefs[k + 1 :]
-    row = Row(
-        (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
-    )
+            x_name, names = names[k], names[:k] + names[k + 1 :]
+            x, x_coef = h[k], coefs[k]
+            h, coefs = (*h[:k], *h[k + 1 :]), coefs[:k] + coefs[k + 1 :]
+    row = Row((Out(0.0, times(-1.0, x_coef), m_coef, tuple([times(-1.0, k) for k in coefs]), times(-1.0, noise_coef)),))
     names = (x_name, "model_output", "m_uncond", "noise", *names)
-    terms = {"x": x, "m": model_output, "h": h, "noise": noise, "kind": "l1" if kind == "l1" else "l2", "names": names}
-    shape = model_output.shape
+    shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
     elements = math.prod(shape[1:])
     if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
-        number = elements * shape[0] if reduction == "mean" else elements
-        return reduce_batch(row, 1.0 / max(number, 1), **terms)
-    _, sums = reduce_row(row, mask=mask, scratch=True, **terms)
+        scale = 1.0 / max(elements * shape[0] if reduction == "mean" else elements, 1)
+        return reduce_batch(row, scale, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names)
+    _, sums = reduce_row(
+        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
+    )  # fmt: skip
     total, count = sums[:, 0], sums[:, 1]
     if kind == "pseudo_huber":
         c = 0.00054 * max(elements, 1) ** 0.5 if c is None else check.number("c", c)
@@ -334,6 +328,17 @@ def path_loss(
     if reduction == "none":
         return loss
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def _targets(h: Any, h_coefs: Any, like: Array) -> tuple[tuple[Array, ...], tuple[Coef, ...]]:
+    """h and their coefficients, 1.0 each where none are given."""
+    for name, value in (("h", h), ("h_coefs", h_coefs)):
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name}: expected a tuple or a list, got {type(value).__name__}")
+    h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
+    if len(coefs) != len(h):
+        raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
+    return h, tuple([_coef(f"h_coefs[{k}]", value, like) for k, value in enumerate(coefs)])
 
 
 def _as(value: Array, like: Array) -> Array:
@@ -357,7 +362,7 @@ def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | N
 
 
 def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:
-    if eager.face is not None and not check.compiling():
+    if not check.compiling() and eager.face is not None:
         quick = eager.face.draw(shape, noise, device, dtype, out, 1 + uniform)
         if quick is not None:
             return quick

@@ -17,6 +17,7 @@ PyObject *map_function = nullptr, *reduce_function = nullptr, *loss_function = n
 int64_t calls = 0;
 
 PyObject* elsewhere() {
+  if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;  // an interrupt
   PyErr_Clear();
   Py_RETURN_NONE;
 }
@@ -29,6 +30,9 @@ PyObject* answer(Body body) {
     if (!found) return elsewhere();
     ++calls;
     return found.release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
   } catch (const std::exception&) {
     return elsewhere();
   }
@@ -45,10 +49,6 @@ bool launch_map(const MapArgs& args, const View& like) {
   return without_lock(like, [&] { return torch_side().launcher->map(args, like.device.cuda, like.device.index); });
 }
 
-bool launch_reduce(ReduceArgs& args, const View& like) {
-  return without_lock(like, [&] { return torch_side().launcher->reduce(args, like.device.cuda, like.device.index); });
-}
-
 // New outputs, one of each dtype code.
 py::object map_to_new(Terms& t, const std::vector<int>& codes) {
   py::object outs = py::reinterpret_steal<py::object>(PyTuple_New(static_cast<Py_ssize_t>(codes.size())));
@@ -58,7 +58,7 @@ py::object map_to_new(Terms& t, const std::vector<int>& codes) {
     if (out == nullptr) return {};
     PyTuple_SET_ITEM(outs.ptr(), static_cast<Py_ssize_t>(j), out);
     View view;
-    if (!plain_view(out, view)) return {};
+    if (!fresh_view(out, view)) return {};
     t.call.out.push_back(view);
   }
   return launch_map(make_args(t.call), t.like_view) ? outs : py::object();
@@ -107,11 +107,11 @@ Keeps keeps(const Terms& t) {
   return t.values.empty() ? kNothing : kValues;
 }
 
-// function(ready, [mask,] *tensors): ties the results to a Function that has nothing left to compute. ready = (numbers,
-// how many h, dtype codes of map's outputs, scratch, dtypes of the tensors, what to keep, results), the tensors in the
-// order of genkern/spec.py.
+// function(ready, [mask,] *tensors): ties the results to a Function that has nothing left to compute. ready = (call,
+// what to keep, results), with call = (numbers, how many h, dtype codes of map's outputs, `more`, dtypes of the
+// tensors), the tensors in the order of genkern/spec.py.
 py::object differentiable(PyObject* function, const Terms& t, const std::vector<int>& codes, int64_t kind,
-                          PyObject* scratch, const py::object& results, bool masked) {
+                          PyObject* more, const py::object& results, bool masked) {
   std::array<PyObject*, 2 + kFirstValue + kMaxValues> arguments;
   arguments.fill(Py_None);
   size_t n = masked ? 2 : 1;
@@ -137,10 +137,15 @@ py::object differentiable(PyObject* function, const Terms& t, const std::vector<
   for (size_t j = 0; j < codes.size(); ++j) code_tuple[j] = py::int_(codes[j]);
   const py::bytes numbers(write_numbers(t.call, kind));
   const py::int_ n_h(t.call.h.size()), kept(static_cast<int>(keeps(t)));
-  const auto ready = py::reinterpret_steal<py::object>(
-      PyTuple_Pack(7, numbers.ptr(), n_h.ptr(), code_tuple.ptr(), scratch, dtypes.ptr(), kept.ptr(), results.ptr()));
+  const auto packed = py::reinterpret_steal<py::object>(
+      PyTuple_Pack(5, numbers.ptr(), n_h.ptr(), code_tuple.ptr(), more, dtypes.ptr()));
+  const auto ready = py::reinterpret_steal<py::object>(PyTuple_Pack(3, packed.ptr(), kept.ptr(), results.ptr()));
   arguments[0] = ready.ptr();
-  return py::reinterpret_steal<py::object>(PyObject_Vectorcall(function, arguments.data(), n + n_tensors, nullptr));
+  // What it raises is the caller's affair: a hook on saved tensors may, to end a recomputation.
+  auto tied =
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(function, arguments.data(), n + n_tensors, nullptr));
+  if (!tied) throw py::error_already_set();
+  return tied;
 }
 
 // map_row(row, x, m, m_uncond, h, noise, out, dtypes, draw): fused.apply_row of tensors, or None.
@@ -225,52 +230,21 @@ PyObject* draw(PyObject*, PyObject* const* given, Py_ssize_t n) {
   });
 }
 
-// What a reduction writes, and where: `spare` rows of two numbers more than the batch has samples follow its sums.
-struct Reduction {
-  py::object residual, sums;
-  ReduceArgs args;
-};
-
-bool reduce_to_new(Terms& t, int64_t kind, int64_t spare, Reduction& made) {
+// A reduction's arguments but for the sums, and its new residual, in m's dtype; null where something is not plain.
+py::object set_residual(Terms& t, int64_t kind, ReduceArgs& args) {
   const int like_code = dtype_code(t.like_view.element);
   const int code = t.call.m ? dtype_code(t.call.m->element) : like_code;
-  if (like_code < 0 || code < 0 || kind < 0 || kind > 1) return false;
-  made.residual = empty_like(t.like, like_code, code);
+  if (like_code < 0 || code < 0 || kind < 0 || kind > 1) return {};
+  py::object residual = empty_like(t.like, like_code, code);
   View view;
-  if (!made.residual || !plain_view(made.residual.ptr(), view)) return false;
+  if (!residual || !fresh_view(residual.ptr(), view)) return {};
   t.call.out.push_back(view);
-  made.args.map = make_args(t.call);
-  made.args.rho = static_cast<Rho>(kind);
-  static PyObject* const device_name = interned("device");
-  const py::object device = attribute(t.like, device_name);
-  const py::tuple shape = py::make_tuple(made.args.map.sizes[0] + spare, 2);
-  made.sums = empty(shape.ptr(), torch_side().dtypes[made.args.map.f64 ? 3 : 0], device.ptr());
-  if (!made.sums || !plain_view(made.sums.ptr(), view)) return false;
-  made.args.sums = view.data;
-  return launch_reduce(made.args, t.like_view);
+  args.map = make_args(t.call);
+  args.rho = static_cast<Rho>(kind);
+  return residual;
 }
 
-// The sum of scale times every sample's sum, written to `loss`: a reduction of one sample of B elements, in place, then
-// a copy of the first of its two numbers.
-bool sum_over_batch(const Reduction& made, double scale, const View& like, const View& loss) {
-  const int64_t batch = made.args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2}, one = 1;
-  const View totals{made.args.sums, loss.element, like.device, 2, sizes, strides};
-  Call call;
-  call.row.assign(kFirstOut + kOutCells, 0.0);
-  call.row[kW] = 1.0;
-  call.row[kFirstOut + kOutX] = scale;
-  call.x = totals;
-  call.out = {totals};
-  ReduceArgs args;
-  args.map = make_args(call);
-  args.rho = Rho::absolute;
-  args.sums = static_cast<char*>(made.args.sums) + 2 * batch * element_size(loss.element);
-  if (!launch_reduce(args, like)) return false;
-  call.row[kFirstOut + kOutX] = 1.0;
-  call.x = View{args.sums, loss.element, like.device, 1, &one, &one};
-  call.out = {View{loss.data, loss.element, like.device, 1, &one, &one}};
-  return launch_map(make_args(call), like);
-}
+PyObject* arithmetic(const ReduceArgs& args) { return torch_side().dtypes[args.map.f64 ? 3 : 0]; }
 
 // The terms, the mask and the row of a reduction; whether a gradient is asked for.
 bool set_reduction(PyObject* const* given, PyObject* function, Terms& t, bool& gradients) {
@@ -288,35 +262,48 @@ PyObject* reduce_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
     Terms t;
     bool gradients = false;
-    const int64_t kind = n == 9 ? PyLong_AsLong(given[7]) : -1;
-    Reduction made;
-    if (n != 9 || !set_reduction(given, reduce_function, t, gradients) || !reduce_to_new(t, kind, 0, made)) return {};
-    const py::object results = py::make_tuple(made.residual, made.sums);
+    if (n != 9 || !set_reduction(given, reduce_function, t, gradients)) return {};
+    const int64_t kind = PyLong_AsLong(given[7]);
+    ReduceArgs args;
+    const py::object residual = set_residual(t, kind, args);
+    if (!residual) return {};
+    const py::object sums = new_pairs(t.like, args.map.sizes[0], arithmetic(args));
+    View view;
+    if (!sums || !fresh_view(sums.ptr(), view)) return {};
+    args.sums = view.data;
+    const View& like = t.like_view;
+    if (!without_lock(like, [&] { return torch_side().launcher->reduce(args, like.device.cuda, like.device.index); })) {
+      return {};
+    }
+    const py::object results = py::make_tuple(residual, sums);
     return gradients ? differentiable(reduce_function, t, {}, kind, given[8], results, true) : results;
   });
 }
 
 // loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale): scale times the sum over all samples of what reduce_row
-// sums, or None. Its residual is the function's to write over.
+// sums, or None.
 PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
     Terms t;
     bool gradients = false;
-    const int64_t kind = n == 9 ? PyLong_AsLong(given[7]) : -1;
-    Reduction made;
     double scale = 0.0;
-    if (n != 9 || !number_of(given[8], scale) || !set_reduction(given, loss_function, t, gradients) ||
-        !reduce_to_new(t, kind, 1, made)) {
+    if (n != 9 || !number_of(given[8], scale) || !set_reduction(given, loss_function, t, gradients)) return {};
+    const int64_t kind = PyLong_AsLong(given[7]);
+    ReduceArgs args;
+    const py::object residual = set_residual(t, kind, args);
+    if (!residual) return {};
+    const py::object loss = new_scalar(t.like, arithmetic(args));
+    View view;
+    if (!loss || !fresh_view(loss.ptr(), view)) return {};
+    void* const total = view.data;
+    const View& like = t.like_view;
+    if (!without_lock(like, [&] {
+          return torch_side().launcher->loss(args, scale, total, like.device.cuda, like.device.index);
+        })) {
       return {};
     }
-    static PyObject* const device_name = interned("device");
-    const py::object device = attribute(t.like, device_name);
-    const py::tuple shape;
-    py::object loss = empty(shape.ptr(), torch_side().dtypes[made.args.map.f64 ? 3 : 0], device.ptr());
-    View view;
-    if (!loss || !plain_view(loss.ptr(), view) || !sum_over_batch(made, scale, t.like_view, view)) return {};
     if (!gradients) return loss;
-    return differentiable(loss_function, t, {}, kind, given[8], py::make_tuple(made.residual, loss), true);
+    return differentiable(loss_function, t, {}, kind, given[8], py::make_tuple(residual, loss), true);
   });
 }
 
@@ -333,13 +320,13 @@ PyObject* connect(PyObject*, PyObject* parts) {
   if (!set(found.tensor, "tensor") || !set(found.parameter, "parameter") || !set(found.row, "row") ||
       !set(found.out, "out") || !set(found.ddim_row, "ddim_row") || !set(found.scaled, "scaled") ||
       !set(found.noise, "noise") || !set(found.empty, "empty") || !set(found.empty_like, "empty_like") ||
-      !set(found.is_neg, "is_neg") || !set(found.increment_version, "increment_version") ||
-      !set(found.functorch, "functorch") || !set(found.tracing, "tracing") ||
-      !set(found.dispatch_modes, "dispatch_modes") || !set(found.function_modes, "function_modes") ||
-      !set(found.forward_levels, "forward_levels") || !set(found.grad_enabled, "grad_enabled") ||
-      !set(loss_function, "loss_function") || !set(map_function, "map_function") ||
-      !set(reduce_function, "reduce_function") || !set(dtypes, "dtypes") || !set(capsule, "exchange_api") ||
-      !set(address, "launcher")) {
+      !set(found.empty_strided, "empty_strided") || !set(found.is_neg, "is_neg") ||
+      !set(found.increment_version, "increment_version") || !set(found.functorch, "functorch") ||
+      !set(found.tracing, "tracing") || !set(found.dispatch_modes, "dispatch_modes") ||
+      !set(found.function_modes, "function_modes") || !set(found.forward_levels, "forward_levels") ||
+      !set(found.grad_enabled, "grad_enabled") || !set(loss_function, "loss_function") ||
+      !set(map_function, "map_function") || !set(reduce_function, "reduce_function") || !set(dtypes, "dtypes") ||
+      !set(capsule, "exchange_api") || !set(address, "launcher")) {
     PyErr_SetString(PyExc_KeyError, "connect: a part is missing");
     return nullptr;
   }

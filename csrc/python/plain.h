@@ -20,7 +20,8 @@ struct Torch {
   PyObject *tensor = nullptr, *parameter = nullptr;  // types
   PyObject *row = nullptr, *out = nullptr, *ddim_row = nullptr, *scaled = nullptr, *noise = nullptr;
   std::array<PyObject*, 4> dtypes{};  // by their code
-  PyObject *empty = nullptr, *empty_like = nullptr, *is_neg = nullptr, *increment_version = nullptr;
+  PyObject *empty = nullptr, *empty_like = nullptr, *empty_strided = nullptr, *is_neg = nullptr,
+           *increment_version = nullptr;
   // Of what may watch or transform a call: each gives None, or 0.
   PyObject *functorch = nullptr, *tracing = nullptr, *dispatch_modes = nullptr, *function_modes = nullptr;
   PyObject* forward_levels = nullptr;  // the module torch.autograd.forward_ad
@@ -65,8 +66,8 @@ inline bool is_plain(PyObject* object) {
   return type == torch.tensor || type == torch.parameter;
 }
 
-// The view of a plain tensor, which it points into; false where it is anything else, or its memory is not as it reads.
-inline bool plain_view(PyObject* object, View& view) {
+// The view of a plain tensor, which it points into; false where it is anything else.
+inline bool fresh_view(PyObject* object, View& view) {
   if (!is_plain(object)) return false;
   dlpack::Tensor tensor{};
   if (torch_side().api->tensor_from_object(object, &tensor) != 0) return false;
@@ -80,7 +81,12 @@ inline bool plain_view(PyObject* object, View& view) {
   view.sizes = tensor.shape;
   view.strides = tensor.strides;
   if (tensor.data == nullptr && view.numel() != 0) return false;  // a wrapper, or zeros without memory
-  if (view.element == Element::other) return false;
+  return view.element != Element::other;
+}
+
+// The same of a tensor that the caller made: its memory must be as it reads, not to be negated first.
+inline bool plain_view(PyObject* object, View& view) {
+  if (!fresh_view(object, view)) return false;
   if (view.element == Element::boolean || view.element == Element::int64) return true;
   const py::object negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_side().is_neg, object));
   return negative.ptr() == Py_False;
@@ -124,6 +130,24 @@ inline py::object empty(PyObject* shape, PyObject* dtype, PyObject* device) {
   static PyObject* const names = PyTuple_Pack(2, interned("dtype"), interned("device"));
   PyObject* const arguments[] = {shape, dtype, device};
   return py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_side().empty, arguments, 1, names));
+}
+
+// like.new_empty(rows, 2, dtype=dtype): sizes one by one, as a tuple of them costs half a microsecond more.
+inline py::object new_pairs(PyObject* like, int64_t rows, PyObject* dtype) {
+  static PyObject *const method = interned("new_empty"), *const two = PyLong_FromLong(2);
+  static PyObject* const names = PyTuple_Pack(1, interned("dtype"));
+  const auto count = py::reinterpret_steal<py::object>(PyLong_FromLongLong(rows));
+  PyObject* const arguments[] = {like, count.ptr(), two, dtype};
+  return py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(method, arguments, 3, names));
+}
+
+// A new 0-d tensor: torch.empty_strided, which is quicker than torch.empty.
+inline py::object new_scalar(PyObject* like, PyObject* dtype) {
+  static PyObject* const names = PyTuple_Pack(2, interned("dtype"), interned("device"));
+  static PyObject *const device_name = interned("device"), *const nothing = PyTuple_New(0);
+  const py::object device = attribute(like, device_name);
+  PyObject* const arguments[] = {nothing, nothing, dtype, device.ptr()};
+  return py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_side().empty_strided, arguments, 2, names));
 }
 
 }  // namespace genkern

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <optional>
@@ -151,32 +152,90 @@ void launch_map(const genkern::MapArgs& args, bool on_cuda, int32_t device) {
       });
 }
 
-Tensor doubles(size_t bytes, bool on_cuda, int32_t device) {
-  const int64_t count = static_cast<int64_t>(bytes / sizeof(double)), step = 1;
-  AtenTensorHandle found = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &count, &step, aoti_torch_dtype_float64(),
-      on_cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), on_cuda ? device : 0, &found));
-  return Tensor(found);
+// Memory of a call: torch's on CUDA, where it is reused in the stream's order.
+class Workspace {
+ public:
+  Workspace(size_t bytes, bool on_cuda) {
+    if (!on_cuda) {
+      host_.resize(bytes / sizeof(double) + 1);
+      return;
+    }
+    const int64_t count = static_cast<int64_t>(bytes / sizeof(double) + 1), step = 1;
+    AtenTensorHandle found = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &count, &step, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(),
+                                 torch::stable::accelerator::getCurrentDeviceIndex(), &found));
+    device_ = Tensor(found);
+  }
+  void* data() { return device_ ? device_->data_ptr() : host_.data(); }
+
+ private:
+  std::vector<double> host_;
+  MaybeTensor device_;
+};
+
+size_t workspace_bytes(const genkern::MapArgs& args, [[maybe_unused]] bool on_cuda) {
+#ifdef GENKERN_WITH_CUDA
+  if (on_cuda) return genkern::reduce_workspace_cuda(args);
+#endif
+  return genkern::reduce_workspace_cpu(args);
+}
+
+const char* reduce_there(const genkern::ReduceArgs& args, [[maybe_unused]] bool on_cuda,
+                         [[maybe_unused]] void* stream) {
+#ifdef GENKERN_WITH_CUDA
+  if (on_cuda) return genkern::reduce_cuda(args, stream);
+#endif
+  genkern::reduce_cpu(args, kTorchThreads);
+  return nullptr;
 }
 
 void launch_reduce(genkern::ReduceArgs& args, bool on_cuda, int32_t device) {
-  run_on(
-      on_cuda, device,
-      [&] {
-        const Tensor kept = doubles(genkern::reduce_workspace_cpu(args.map), on_cuda, device);
-        args.workspace = kept.data_ptr();
-        genkern::reduce_cpu(args, kTorchThreads);
-      },
-      [&]([[maybe_unused]] void* stream) -> const char* {
+  const auto run = [&](void* stream) {
+    Workspace workspace(workspace_bytes(args.map, on_cuda), on_cuda);
+    args.workspace = workspace.data();
+    return reduce_there(args, on_cuda, stream);
+  };
+  run_on(on_cuda, device, [&] { run(nullptr); }, run);
+}
+
+// The sums over the samples, then scale times their sum: a reduction of one sample of B elements, in place, and a copy
+// of the first of its two numbers.
+void launch_loss(genkern::ReduceArgs& args, double scale, void* total, bool on_cuda, int32_t device) {
+  const genkern::Element element = args.map.f64 ? Element::f64 : Element::f32;
+  const int64_t batch = args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2}, one = 1;
+  const auto run = [&](void* stream) -> const char* {
+    const size_t sums_bytes = 2 * sizeof(double) * static_cast<size_t>(batch + 1);
+    const genkern::Device place{on_cuda, device};
+    Call over_batch;
+    over_batch.row.assign(genkern::kFirstOut + genkern::kOutCells, 0.0);
+    over_batch.row[genkern::kW] = 1.0;
+    over_batch.row[genkern::kFirstOut + genkern::kOutX] = scale;
+    over_batch.x = View{total, element, place, 2, sizes, strides};
+    over_batch.out = {*over_batch.x};
+    genkern::ReduceArgs sum;
+    sum.map = genkern::make_args(over_batch);
+    sum.rho = genkern::Rho::absolute;
+    const size_t bytes = std::max(workspace_bytes(args.map, on_cuda), workspace_bytes(sum.map, on_cuda));
+    Workspace workspace(sums_bytes + bytes, on_cuda);
+    auto* memory = static_cast<char*>(workspace.data());
+    args.sums = memory;
+    sum.map.in[genkern::kX].data = sum.map.out[0].data = memory;
+    sum.sums = memory + 2 * genkern::element_size(element) * batch;
+    args.workspace = sum.workspace = memory + sums_bytes;
+    if (const char* error = reduce_there(args, on_cuda, stream)) return error;
+    if (const char* error = reduce_there(sum, on_cuda, stream)) return error;
+    over_batch.row[genkern::kFirstOut + genkern::kOutX] = 1.0;
+    over_batch.x = View{sum.sums, element, place, 1, &one, &one};
+    over_batch.out = {View{total, element, place, 1, &one, &one}};
+    const genkern::MapArgs copy = genkern::make_args(over_batch);
 #ifdef GENKERN_WITH_CUDA
-        const Tensor kept = doubles(genkern::reduce_workspace_cuda(args.map), on_cuda, device);
-        args.workspace = kept.data_ptr();
-        return genkern::reduce_cuda(args, stream);
-#else
-        return nullptr;
+    if (on_cuda) return genkern::map_cuda(copy, stream);
 #endif
-      });
+    genkern::map_cpu(copy, kTorchThreads);
+    return nullptr;
+  };
+  run_on(on_cuda, device, [&] { run(nullptr); }, run);
 }
 
 // The device of a tensor that has a kernel: whether it is a CUDA one, and its index.
@@ -195,13 +254,17 @@ bool succeeds(Run run) noexcept {
   }
 }
 
-const genkern::Launcher kLauncher{sizeof(genkern::MapArgs), sizeof(genkern::ReduceArgs),
-                                  [](const genkern::MapArgs& args, bool cuda, int32_t device) noexcept {
-                                    return succeeds([&] { launch_map(args, cuda, device); });
-                                  },
-                                  [](genkern::ReduceArgs& args, bool cuda, int32_t device) noexcept {
-                                    return succeeds([&] { launch_reduce(args, cuda, device); });
-                                  }};
+const genkern::Launcher kLauncher{
+    sizeof(genkern::MapArgs), sizeof(genkern::ReduceArgs),
+    [](const genkern::MapArgs& args, bool cuda, int32_t device) noexcept {
+      return succeeds([&] { launch_map(args, cuda, device); });
+    },
+    [](genkern::ReduceArgs& args, bool cuda, int32_t device) noexcept {
+      return succeeds([&] { launch_reduce(args, cuda, device); });
+    },
+    [](genkern::ReduceArgs& args, double scale, void* total, bool cuda, int32_t device) noexcept {
+      return succeeds([&] { launch_loss(args, scale, total, cuda, device); });
+    }};
 
 int64_t launcher() { return reinterpret_cast<int64_t>(&kLauncher); }
 
