@@ -323,7 +323,7 @@ class _EagerMap(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         if kept:
             ctx.save_for_backward(*_kept_eagerly(kept, tensors))
-        return outs  # type: ignore[no-any-return]
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -352,21 +352,25 @@ class _EagerReduce(torch.autograd.Function):
 
 
 class _EagerLoss(torch.autograd.Function):
-    """The same of a reduction summed over the batch; ctx.call[3] is the factor of the sum."""
+    """The same of a reduction summed over the batch; ctx.call[3] is the factor of the sum. The residual, which no one
+    sees, is what ties a gradient to the inputs (_Once): the loss itself may be changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.call, kept, (residual, loss) = ready
-        ctx.save_for_backward(residual, loss, *_kept_eagerly(kept, tensors))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(residual, *_kept_eagerly(kept, tensors))
         ctx.scratch = _saving_hooks(False) is None
-        return loss  # type: ignore[no-any-return]
+        return residual, loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, _: Any, grad: Tensor | None) -> tuple[Any, ...]:
         _lay_out(ctx)
-        residual, loss, *tensors = ctx.saved_tensors
-        factor = (ctx.call[3] * grad.detach()).reshape(1)
-        return _reduce_backward_once(ctx, residual, tensors, loss, grad, factor)
+        residual, *tensors = ctx.saved_tensors
+        factor = None if grad is None else (ctx.call[3] * grad.detach()).reshape(1)
+        return _reduce_backward_once(ctx, residual, tensors, residual, grad, factor)
 
 
 def _kept_eagerly(kept: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

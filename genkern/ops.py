@@ -280,7 +280,8 @@ def path_loss(
     model_output = _needed("model_output", model_output)
     check.choice("kind", kind, LOSSES)
     check.choice("reduction", reduction, REDUCTIONS)
-    check.terms((("model_output", model_output),))
+    if x is None or not check.is_tensor(model_output):  # else a pass checks all of them
+        check.terms((("model_output", model_output),))
     coefs: tuple[Coef, ...] = ()
     if not (type(h) is type(h_coefs) is tuple and len(h) == len(h_coefs) == 0):
         h, coefs = _targets(h, h_coefs, model_output)
@@ -307,16 +308,15 @@ def path_loss(
     row = Row((Out(0.0, times(-1.0, x_coef), m_coef, tuple([times(-1.0, k) for k in coefs]), times(-1.0, noise_coef)),))
     names = (x_name, "model_output", "m_uncond", "noise", *names)
     shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
-    elements = math.prod(shape[1:])
     if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
-        scale = 1.0 / max(elements * shape[0] if reduction == "mean" else elements, 1)
+        scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)
         return reduce_batch(row, scale, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names)
     _, sums = reduce_row(
         row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
     )  # fmt: skip
     total, count = sums[:, 0], sums[:, 1]
     if kind == "pseudo_huber":
-        c = 0.00054 * max(elements, 1) ** 0.5 if c is None else check.number("c", c)
+        c = 0.00054 * max(math.prod(shape[1:]), 1) ** 0.5 if c is None else check.number("c", c)
         if not c > 0.0:
             raise ValueError(f"c: expected a number > 0, got {c}")
         loss = (total + c * c) ** 0.5 - c

@@ -303,7 +303,8 @@ PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
       return {};
     }
     if (!gradients) return loss;
-    return differentiable(loss_function, t, {}, kind, given[8], py::make_tuple(residual, loss), true);
+    const py::object tied = differentiable(loss_function, t, {}, kind, given[8], py::make_tuple(residual, loss), true);
+    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tied.ptr(), 1));
   });
 }
 
