@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import eager, rows
 from .calls import CODES, direct, draw, run_map, run_map_out, run_numbers, run_reduce, transformed
 from .coefficients import differentiable_formula, ready
-from .derivatives import Terms, pulled_back, pushed_forward, transposed_call, transposed_terms
+from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
 from .reference import formula as reference
 from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke, unpacked
 
@@ -83,7 +83,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _given(tensors: Sequence[Any]) -> tuple[bool, ...]:
-    return tuple(t is not None for t in tensors)
+    return tuple([t is not None for t in tensors])
 
 
 def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -115,20 +115,35 @@ def _by_maps(
     found: list[Tensor | None] = [None] * len(dtypes)
     for start in range(0, len(wanted), rows.MAX_OUTS):
         part = wanted[start : start + rows.MAX_OUTS]
-        back, arguments = transposed_call(spec, part, grads, values, [dtypes[slot] for slot, _ in part], factor)
+        row, terms = transposed_row(spec, part, grads, values, factor)
+        part_dtypes = [dtypes[slot] for slot, _ in part]
         last = start + rows.MAX_OUTS >= len(wanted)
         reused = next((slot for slot, _ in part if into is not None and last and dtypes[slot] == into.dtype), None)
         if into is None or reused is None:
-            results = map_rows(back, *arguments)
+            results = _map(row, terms, part_dtypes)
         else:
             # A tensor of its own, so that .grad can take it over: autograd holds the residual until this returns.
             results = tuple(
                 into.detach() if slot == reused else torch.empty_like(into, dtype=dtypes[slot]) for slot, _ in part
             )
+            back, arguments = laid_out(row, terms, part_dtypes)
             run_map_out(back, results, *arguments)
         for (slot, _), result in zip(part, results, strict=True):
             found[slot] = result
     return found
+
+
+def _map(row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    """A row of x and h, differentiably."""
+    if not torch.compiler.is_compiling() and eager.face is not None:
+        first, *others = terms
+        quick: tuple[Tensor, ...] | None = eager.face.map_row(
+            row, first, None, None, tuple(others), None, None, dtypes, 1
+        )
+        if quick is not None:
+            return quick
+    back, arguments = laid_out(row, terms, dtypes)
+    return map_rows(back, *arguments)
 
 
 # Of torch's private interface, so missed where it is not there: then nothing is done in place.
