@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -203,7 +204,8 @@ void launch_reduce(genkern::ReduceArgs& args, bool on_cuda, int32_t device) {
 // of the first of its two numbers.
 void launch_loss(genkern::ReduceArgs& args, double scale, void* total, bool on_cuda, int32_t device) {
   const genkern::Element element = args.map.f64 ? Element::f64 : Element::f32;
-  const int64_t batch = args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2}, one = 1;
+  const int64_t batch = args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2};
+  [[maybe_unused]] const int64_t one = 1;
   const auto run = [&](void* stream) -> const char* {
     const size_t sums_bytes = 2 * sizeof(double) * static_cast<size_t>(batch + 1);
     const genkern::Device place{on_cuda, device};
@@ -225,15 +227,18 @@ void launch_loss(genkern::ReduceArgs& args, double scale, void* total, bool on_c
     args.workspace = sum.workspace = memory + sums_bytes;
     if (const char* error = reduce_there(args, on_cuda, stream)) return error;
     if (const char* error = reduce_there(sum, on_cuda, stream)) return error;
+    if (!on_cuda) {
+      std::memcpy(total, sum.sums, static_cast<size_t>(genkern::element_size(element)));
+      return nullptr;
+    }
+#ifdef GENKERN_WITH_CUDA
     over_batch.row[genkern::kFirstOut + genkern::kOutX] = 1.0;
     over_batch.x = View{sum.sums, element, place, 1, &one, &one};
     over_batch.out = {View{total, element, place, 1, &one, &one}};
-    const genkern::MapArgs copy = genkern::make_args(over_batch);
-#ifdef GENKERN_WITH_CUDA
-    if (on_cuda) return genkern::map_cuda(copy, stream);
-#endif
-    genkern::map_cpu(copy, kTorchThreads);
+    return genkern::map_cuda(genkern::make_args(over_batch), stream);
+#else
     return nullptr;
+#endif
   };
   run_on(on_cuda, device, [&] { run(nullptr); }, run);
 }

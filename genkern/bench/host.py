@@ -1,11 +1,13 @@
 """What a small eager call costs on the host, beside x * 2.0: tensors so small that a kernel's work is nothing.
 
-Every named op without and with a gradient to record, and the raw call: a row laid out before, into a given output.
+Every named op without and with a gradient to record, and the raw call: a row laid out before, into a given output. The
+same under no_grad through torch.ops shows what genkern.eager saves.
 Calls are timed in turns; the fastest of the rounds counts, as whatever else runs on the machine only adds to it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 import genkern as gk
-from genkern import functions, fused, rows, spec
+from genkern import eager, functions, fused, rows, spec
 
 from .world import Run
 
@@ -24,15 +26,22 @@ UNIT = "x * 2.0"
 RAW = "raw call, a ready row, out="
 
 
+def asked(only: str | None) -> bool:
+    """Whether `only` names this, as it names cases."""
+    return only is None or only in NAME or fnmatch.fnmatchcase(NAME, only)
+
+
 def measured(device: torch.device) -> list[dict[str, Any]]:
-    """A row for each call: {"call", "seconds", "ratio"}, and where it has one, "gradient_seconds", "gradient_ratio"."""
+    """A row for each call: {"call", "seconds", "ratio", "dispatched_ratio"} under no_grad, and where it has a gradient,
+    "gradient_seconds", "gradient_ratio"."""
     with torch.no_grad():
         plain = _timed(_calls(device, requires_grad=False), device)
+        dispatched = _timed(_calls(device, requires_grad=False), device, through_torch=True)
     with torch.enable_grad():
         recorded = _timed(_calls(device, requires_grad=True), device)
     found = []
     for name, (seconds, ratio) in plain.items():
-        row = {"call": name, "seconds": seconds, "ratio": ratio}
+        row = {"call": name, "seconds": seconds, "ratio": ratio, "dispatched_ratio": dispatched[name][1]}
         if name in recorded:
             row["gradient_seconds"], row["gradient_ratio"] = recorded[name]
         found.append(row)
@@ -63,18 +72,26 @@ def _calls(device: torch.device, requires_grad: bool) -> dict[str, Run]:
     return calls
 
 
-def _timed(calls: dict[str, Run], device: torch.device) -> dict[str, tuple[float, float]]:
+def _timed(
+    calls: dict[str, Run], device: torch.device, through_torch: bool = False
+) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Seconds of every call, and their ratio to the unit's under the same mode."""
     on_cuda = device.type == "cuda"
     synchronize: Callable[[], object] = torch.cuda.synchronize if on_cuda else lambda: None
     count = CALLS_ON_CUDA if on_cuda else CALLS
     found = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in calls.items():
-            synchronize()
-            begin = time.perf_counter()
-            for _ in range(count):
-                run()
-            found[name] = min(found[name], (time.perf_counter() - begin) / count)
-    synchronize()
+    before = eager.face
+    if through_torch:
+        eager.face = None
+    try:
+        for _ in range(ROUNDS):
+            for name, run in calls.items():
+                synchronize()
+                begin = time.perf_counter()
+                for _ in range(count):
+                    run()
+                found[name] = min(found[name], (time.perf_counter() - begin) / count)
+        synchronize()
+    finally:
+        eager.face = before
     return {name: (seconds, seconds / found[UNIT]) for name, seconds in found.items()}

@@ -50,7 +50,7 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
     for row in measured(setup, compiler):
         rows.append(row)
         echo(table.line(row))
-    if setup.only is None or setup.only in host.NAME:
+    if host.asked(setup.only):
         small = result["host"] = host.measured(setup.device)
         echo(table.host(small))
     stem = machine.slug(setup.device)
@@ -73,6 +73,8 @@ def redraw(what: Redraw) -> None:
 def draw(result: dict[str, Any], out: pathlib.Path, stem: str) -> None:
     """stem.md, stem-bandwidth.png and stem-speedup.png in the folder."""
     (out / f"{stem}.md").write_text(table.section(result))
+    if not result["rows"]:
+        return
     plots.bandwidth(result, out / f"{stem}-bandwidth.png")
     plots.speedup(result, out / f"{stem}-speedup.png")
 

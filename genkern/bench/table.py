@@ -44,14 +44,13 @@ def section(result: dict[str, Any]) -> str:
 
 def host(rows: Sequence[dict[str, Any]]) -> str:
     """What small calls cost on the host."""
-    unit = rows[0]["call"]
-    head = ["small call on the host", "time", f"over `{unit}`", "with a gradient", f"over `{unit}`"]
+    head = ["small call on the host", "time", "over `x * 2.0`", "with a gradient", "over it", "through torch.ops"]
     lines = []
     for row in rows:
-        cells = [f"`{row['call']}`" if row is rows[0] else row["call"], duration(row["seconds"]), f"{row['ratio']:.2f}"]
+        cells = [row["call"], duration(row["seconds"]), f"{row['ratio']:.2f}"]
         recorded = "gradient_seconds" in row
         cells += [duration(row["gradient_seconds"]), f"{row['gradient_ratio']:.2f}"] if recorded else ["-", "-"]
-        lines.append(cells)
+        lines.append([*cells, f"{row['dispatched_ratio']:.2f}"])
     return _table(head, lines, left=(0,))
 
 
