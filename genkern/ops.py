@@ -31,6 +31,7 @@ REDUCTIONS = ("mean", "sum", "none")
 _STEP = ("x", "v", "uncond", *NAMES[3:])
 _HEUN = ("x", "v", "m_uncond", "noise", "v_next", *NAMES[5:])
 _SKIP = ("x", "network_output", "uncond", *NAMES[3:])
+_LOSS = ("x", "model_output", *NAMES[2:])
 _TARGETS = NAMES[4:]
 _DDIM = ("x_t", "model_output", "uncond", *NAMES[3:])
 
@@ -289,7 +290,8 @@ def path_loss(
     m_coef = _coef("m_coef", m_coef, model_output)
     if noise is None and not (type(noise_coef) is float and noise_coef == 0.0):
         raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
-    names, x_name = _TARGETS[: len(h)], "x"
+    names: tuple[str, ...] = _TARGETS
+    x_name = "x"
     if x is None:
         if not (type(x_coef) is float and x_coef == 0.0):
             raise ValueError("x_coef: expected 0 where x is not given, got another number")
@@ -302,11 +304,12 @@ def path_loss(
         if k == len(h):
             x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
         elif k >= 0:
-            x_name, names = names[k], names[:k] + names[k + 1 :]
+            x_name, names = f"h[{k}]", names[:k] + names[k + 1 :]
             x, x_coef = h[k], coefs[k]
             h, coefs = (*h[:k], *h[k + 1 :]), coefs[:k] + coefs[k + 1 :]
-    row = Row((Out(0.0, times(-1.0, x_coef), m_coef, tuple([times(-1.0, k) for k in coefs]), times(-1.0, noise_coef)),))
-    names = (x_name, "model_output", "m_uncond", "noise", *names)
+    target = tuple([times(-1.0, k) for k in coefs]) if coefs else ()
+    row = Row((Out(0.0, times(-1.0, x_coef), m_coef, target, times(-1.0, noise_coef)),))
+    names = _LOSS if names is _TARGETS and x_name == "x" else (x_name, *_LOSS[1:4], *names)
     shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
     if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
         scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)

@@ -133,6 +133,13 @@ def test_a_loss_is_the_mean_or_sum_over_the_batch_of_the_samples_means(
     assert found.dtype == torch.float32
 
 
+def test_the_most_precise_of_four_further_tensors_takes_the_states_place(device: torch.device) -> None:
+    x, m = pair((3, 5), device)
+    low = m.half()
+    found = gk.ops.path_loss(low, h=(low, low, low, x))  # r = m - 3 m - x
+    torch.testing.assert_close(found, (2 * low.float() + x).square().mean())
+
+
 @pytest.mark.parametrize("options", [*LOSSES, {"x_coef": 1.0, "kind": "l1"}, {"x_coef": 0.5, "reduction": "sum"}])
 def test_both_ways_give_the_same_loss_and_gradients(
     options: dict[str, Any], device: torch.device, dtype: torch.dtype, slow: Any
@@ -164,6 +171,19 @@ def test_both_ways_give_the_same_gradients(case: Case, device: torch.device, dty
 
     for a, b in zip(run(), slow(run), strict=True):
         assert torch.equal(a, b)
+
+
+def test_both_ways_give_the_gradient_of_the_state_beside_path_values_a_sample(device: torch.device, slow: Any) -> None:
+    x, m = pair((3, 5), device)
+    alpha_t = torch.tensor([0.6, 0.5, 0.7], device=device)
+
+    def run() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        out = gk.ops.ddim_step(leaf, m, alpha_t, 0.8, 0.8, 0.6, clip=0.5)
+        return torch.autograd.grad(out.sum(), leaf)[0]
+
+    assert taken(run) == 1
+    assert torch.equal(run(), slow(run))
 
 
 def test_gradients_of_one_of_two_outputs_and_a_second_derivative(device: torch.device) -> None:
@@ -317,7 +337,7 @@ UNUSUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_an_error_is_worded_the_same_and_nothing_is_written(unusual: str, slow: Any) -> None:
     x, v = pair()
-    before = x.clone(), v.clone()
+    before, version = (x.clone(), v.clone()), x._version
 
     def message() -> tuple[type, str]:
         with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
@@ -326,6 +346,7 @@ def test_an_error_is_worded_the_same_and_nothing_is_written(unusual: str, slow: 
         return raised.type, str(raised.value)
 
     assert message() == slow(message)
+    assert x._version == version
     assert torch.equal(x, before[0])
     assert torch.equal(v, before[1])
 

@@ -168,8 +168,10 @@ PyObject* map_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
     }
     if (gradients || t.z_unread) return {};
     py::object outs = set_outputs(out, codes, t.call);
-    // Counted first: no error may follow what is written.
-    return outs && count_version(outs) && launch_map(make_args(t.call), t.like_view) ? outs : py::object();
+    if (!outs) return {};
+    const MapArgs args = make_args(t.call);
+    // Counted between the checks and the kernel: no error may follow what is written.
+    return count_version(outs) && launch_map(args, t.like_view) ? outs : py::object();
   });
 }
 
@@ -225,8 +227,9 @@ PyObject* draw(PyObject*, PyObject* const* given, Py_ssize_t n) {
     if (code < 0 || (dtype != Py_None && dtype_code(dtype) != code)) return {};
     if (is_given && grad_enabled() && requires_grad(out.ptr())) return {};
     t.call.out.push_back(view);
+    const MapArgs args = make_args(t.call);
     if (is_given && !count_version(py::make_tuple(out))) return {};
-    return launch_map(make_args(t.call), view) ? out : py::object();
+    return launch_map(args, view) ? out : py::object();
   });
 }
 
