@@ -211,6 +211,26 @@ def test_a_loss_whose_graph_is_kept_gives_its_gradient_again(device: torch.devic
     assert torch.equal(torch.autograd.grad(loss, m)[0], first)
 
 
+def test_the_residual_becomes_the_gradient_where_it_lies_unless_the_graph_is_kept(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    real = functions.run_map_out
+
+    def noted(spec: Any, out: Any, *terms: Any) -> None:
+        written.extend(t.data_ptr() for t in out)
+        real(spec, out, *terms)
+
+    monkeypatch.setattr(functions, "run_map_out", noted)
+    m = torch.randn(3, 4, device=device, requires_grad=True)
+    loss = gk.ops.path_loss(m, torch.zeros_like(m), x_coef=1.0)
+    torch.autograd.grad(loss, m, retain_graph=True)
+    assert not written
+    loss.backward()
+    assert m.grad is not None
+    assert written == [m.grad.data_ptr()]
+
+
 def test_a_loss_of_which_no_gradient_is_asked_gives_none() -> None:
     m, other = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     loss = gk.ops.path_loss(m, torch.zeros(3, 4))
