@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager, rows
-from .calls import CODES, direct, draw, run_map, run_map_out, run_numbers, run_reduce, transformed
+from .calls import CODES, direct, run_map, run_map_out, run_numbers, run_reduce, transformed
 from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
+from .lanes import drawn_once, over_lanes
 from .reference import formula as reference
-from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke, unpacked
+from .spec import FIRST_VALUE, M_UNCOND, TABLE, Spec, invoke, unpacked
 
 __all__ = [
     "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
@@ -188,12 +189,12 @@ class _Map(_CompiledMap):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *tensors: Tensor | None) -> tuple[Any, Any]:
-        spec, tensors = _drawn_once(spec, in_dims[1:], tensors)
+        spec, tensors = drawn_once(spec, in_dims[1:], tensors)
 
         def one(*full: Tensor | None) -> tuple[Tensor, ...]:
             return tuple(invoke(reference.map, spec, full, spec.dtypes, spec.size, spec.device))
 
-        outs = _over_lanes(one, in_dims[1:], tensors)
+        outs = over_lanes(one, in_dims[1:], tensors)
         return outs, (0,) * len(outs)
 
 
@@ -319,12 +320,12 @@ class _Reduce(_CompiledReduce):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], spec: Spec, mask: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        spec, tensors = _drawn_once(spec, in_dims[2:], tensors)
+        spec, tensors = drawn_once(spec, in_dims[2:], tensors)
 
         def one(mask: Tensor | None, *full: Tensor | None) -> tuple[Tensor, ...]:
             return tuple(invoke(reference.reduce, spec, full, mask, spec.kind))
 
-        return _over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
+        return over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
 
 
 class _EagerMap(torch.autograd.Function):
@@ -401,32 +402,3 @@ def _lay_out(ctx: Any) -> None:
 # Past Function.apply, which asks what genkern.eager has asked.
 _apply = torch._C._FunctionBase.__dict__["apply"]
 eager.connect(*(_apply.__get__(None, function) for function in (_EagerMap, _EagerReduce, _EagerLoss)))
-
-
-def _drawn_once(
-    spec: Spec, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]
-) -> tuple[Spec, tuple[Tensor | None, ...]]:
-    """The same call with its noise as a tensor, where all lanes draw the same."""
-    slot = next((slot for slot in (X, M) if tensors[slot] is not None), None)
-    if not spec.noise or slot is None or in_dims[DEVICE_KEY] is not None or in_dims[SAMPLE_IDS] is not None:
-        return spec, tuple(tensors)
-    like, found = tensors[slot], list(tensors)
-    assert like is not None
-    lane = like if in_dims[slot] is None else like.select(in_dims[slot], 0)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    found[Z] = draw(spec, tensors[DEVICE_KEY], tensors[SAMPLE_IDS], lane.shape, like.device, wide)
-    return spec._replace(noise=0), tuple(found)
-
-
-def _over_lanes(one: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]) -> Any:
-    """torch.vmap of `one` over the batched arguments; the others, and those not given, are closed over."""
-    batched = [k for k, dim in enumerate(in_dims) if dim is not None]
-    given: list[Any] = [tensors[k] for k in batched]
-
-    def lane(*parts: Tensor) -> Any:
-        full = list(tensors)
-        for k, part in zip(batched, parts, strict=True):
-            full[k] = part
-        return one(*full)
-
-    return torch.vmap(lane, in_dims=tuple(in_dims[k] for k in batched))(*given)

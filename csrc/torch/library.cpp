@@ -1,14 +1,11 @@
 // torch.ops.genkern.*: schemas, allocation, device and stream, on the LibTorch stable ABI (no ATen header).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <array>
-#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -17,19 +14,8 @@
 #include <vector>
 
 #include "../faces/call.h"
-#include "../faces/launch.h"
 #include "../faces/numbers.h"
-
-// torch 2.13 gave the check of a shim call this name; the older headers have it as TORCH_ERROR_CODE_CHECK only.
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
-#ifdef GENKERN_WITH_CUDA
-// Weak, so that the library also loads under a torch without CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
-    __attribute__((weak));
-#endif
+#include "launch.h"
 
 namespace {
 
@@ -120,163 +106,9 @@ Tensor empty_like(const Tensor& t, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-const genkern::Parallel kTorchThreads{
-    [](int64_t count, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
-      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-    }};
-
-// Runs cpu() or cuda(stream), the latter on the device and its current stream.
-template <typename Cpu, typename Cuda>
-void run_on(bool on_cuda, [[maybe_unused]] int32_t device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
-  if (!on_cuda) return cpu();
-#ifdef GENKERN_WITH_CUDA
-  expect(aoti_torch_get_current_cuda_stream != nullptr, "x: this torch has no CUDA");
-  torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = cuda(stream);
-  expect(error == nullptr, "genkern: the kernel could not be launched: ", error);
-#else
-  expect(false, "x: is on a CUDA device, but genkern was built without CUDA; rebuild it where nvcc is found");
-#endif
-}
-
-void launch_map(const genkern::MapArgs& args, bool on_cuda, int32_t device) {
-  run_on(
-      on_cuda, device, [&] { genkern::map_cpu(args, kTorchThreads); },
-      [&]([[maybe_unused]] void* stream) -> const char* {
-#ifdef GENKERN_WITH_CUDA
-        return genkern::map_cuda(args, stream);
-#else
-        return nullptr;
-#endif
-      });
-}
-
-// Memory of a call: torch's on CUDA, where it is reused in the stream's order.
-class Workspace {
- public:
-  Workspace(size_t bytes, bool on_cuda) {
-    if (!on_cuda) {
-      host_.resize(bytes / sizeof(double) + 1);
-      return;
-    }
-    const int64_t count = static_cast<int64_t>(bytes / sizeof(double) + 1), step = 1;
-    AtenTensorHandle found = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(1, &count, &step, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(),
-                                 torch::stable::accelerator::getCurrentDeviceIndex(), &found));
-    device_ = Tensor(found);
-  }
-  void* data() { return device_ ? device_->data_ptr() : host_.data(); }
-
- private:
-  std::vector<double> host_;
-  MaybeTensor device_;
-};
-
-size_t workspace_bytes(const genkern::MapArgs& args, [[maybe_unused]] bool on_cuda) {
-#ifdef GENKERN_WITH_CUDA
-  if (on_cuda) return genkern::reduce_workspace_cuda(args);
-#endif
-  return genkern::reduce_workspace_cpu(args);
-}
-
-const char* reduce_there(const genkern::ReduceArgs& args, [[maybe_unused]] bool on_cuda,
-                         [[maybe_unused]] void* stream) {
-#ifdef GENKERN_WITH_CUDA
-  if (on_cuda) return genkern::reduce_cuda(args, stream);
-#endif
-  genkern::reduce_cpu(args, kTorchThreads);
-  return nullptr;
-}
-
-void launch_reduce(genkern::ReduceArgs& args, bool on_cuda, int32_t device) {
-  const auto run = [&](void* stream) {
-    Workspace workspace(workspace_bytes(args.map, on_cuda), on_cuda);
-    args.workspace = workspace.data();
-    return reduce_there(args, on_cuda, stream);
-  };
-  run_on(on_cuda, device, [&] { run(nullptr); }, run);
-}
-
-// The sums over the samples, then scale times their sum: a reduction of one sample of B elements, in place, and a copy
-// of the first of its two numbers.
-void launch_loss(genkern::ReduceArgs& args, double scale, void* total, bool on_cuda, int32_t device) {
-  const genkern::Element element = args.map.f64 ? Element::f64 : Element::f32;
-  const int64_t batch = args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2};
-  [[maybe_unused]] const int64_t one = 1;
-  const auto run = [&](void* stream) -> const char* {
-    const size_t sums_bytes = 2 * sizeof(double) * static_cast<size_t>(batch + 1);
-    const genkern::Device place{on_cuda, device};
-    Call over_batch;
-    over_batch.row.assign(genkern::kFirstOut + genkern::kOutCells, 0.0);
-    over_batch.row[genkern::kW] = 1.0;
-    over_batch.row[genkern::kFirstOut + genkern::kOutX] = scale;
-    over_batch.x = View{total, element, place, 2, sizes, strides};
-    over_batch.out = {*over_batch.x};
-    genkern::ReduceArgs sum;
-    sum.map = genkern::make_args(over_batch);
-    sum.rho = genkern::Rho::absolute;
-    const size_t bytes = std::max(workspace_bytes(args.map, on_cuda), workspace_bytes(sum.map, on_cuda));
-    Workspace workspace(sums_bytes + bytes, on_cuda);
-    auto* memory = static_cast<char*>(workspace.data());
-    args.sums = memory;
-    sum.map.in[genkern::kX].data = sum.map.out[0].data = memory;
-    sum.sums = memory + 2 * genkern::element_size(element) * batch;
-    args.workspace = sum.workspace = memory + sums_bytes;
-    if (const char* error = reduce_there(args, on_cuda, stream)) return error;
-    if (const char* error = reduce_there(sum, on_cuda, stream)) return error;
-    if (!on_cuda) {
-      std::memcpy(total, sum.sums, static_cast<size_t>(genkern::element_size(element)));
-      return nullptr;
-    }
-#ifdef GENKERN_WITH_CUDA
-    over_batch.row[genkern::kFirstOut + genkern::kOutX] = 1.0;
-    over_batch.x = View{sum.sums, element, place, 1, &one, &one};
-    over_batch.out = {View{total, element, place, 1, &one, &one}};
-    return genkern::map_cuda(genkern::make_args(over_batch), stream);
-#else
-    return nullptr;
-#endif
-  };
-  run_on(on_cuda, device, [&] { run(nullptr); }, run);
-}
-
-// The device of a tensor that has a kernel: whether it is a CUDA one, and its index.
-std::pair<bool, int32_t> place(const Tensor& t) {
-  expect(t.is_cpu() || t.is_cuda(), "x: expected a tensor on the CPU or on a CUDA device");
-  return {t.is_cuda(), t.is_cuda() ? t.get_device_index() : 0};
-}
-
-template <typename Run>
-bool succeeds(Run run) noexcept {
-  try {
-    run();
-    return true;
-  } catch (...) {
-    return false;
-  }
-}
-
-const genkern::Launcher kLauncher{
-    sizeof(genkern::MapArgs), sizeof(genkern::ReduceArgs),
-    [](const genkern::MapArgs& args, bool cuda, int32_t device) noexcept {
-      return succeeds([&] { launch_map(args, cuda, device); });
-    },
-    [](genkern::ReduceArgs& args, bool cuda, int32_t device) noexcept {
-      return succeeds([&] { launch_reduce(args, cuda, device); });
-    },
-    [](genkern::ReduceArgs& args, double scale, void* total, bool cuda, int32_t device) noexcept {
-      return succeeds([&] { launch_loss(args, scale, total, cuda, device); });
-    }};
-
-int64_t launcher() { return reinterpret_cast<int64_t>(&kLauncher); }
-
 void run_map(const Call& call, const Tensor& like) {
-  const genkern::MapArgs args = genkern::make_args(call);
-  const auto [on_cuda, device] = place(like);
-  launch_map(args, on_cuda, device);
+  const auto [on_cuda, device] = genkern::place(like);
+  genkern::launch_map(genkern::make_args(call), on_cuda, device);
 }
 
 // The tensor whose shape, device and strides the outputs take; null for a row of noise alone.
@@ -325,8 +157,8 @@ std::tuple<Tensor, Tensor> run_reduce(Call& call, int64_t kind, const MaybeTenso
   const int64_t sizes[2] = {args.map.sizes[0], 2}, strides[2] = {2, 1};
   Tensor sums = empty_strided(*like, 2, sizes, strides, args.map.f64 ? ScalarType::Double : ScalarType::Float);
   args.sums = sums.data_ptr();
-  const auto [on_cuda, device] = place(residual);
-  launch_reduce(args, on_cuda, device);
+  const auto [on_cuda, device] = genkern::place(residual);
+  genkern::launch_reduce(args, on_cuda, device);
   return {residual, sums};
 }
 
@@ -438,5 +270,5 @@ STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
   library.impl("reduce_numbers", TORCH_BOX(&reduce_numbers));
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   library.impl("has_cuda", TORCH_BOX(&has_cuda));
-  library.impl("launcher", TORCH_BOX(&launcher));
+  library.impl("launcher", TORCH_BOX(&genkern::launcher));
 }
