@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, rows
+from . import _library, eager, rows
 from .reference import formula as reference
 from .spec import DEVICE_KEY, FIRST_VALUE, SAMPLE_IDS, M, Spec, X, Z, invoke, numbers
 
@@ -75,6 +75,8 @@ def run_map_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> N
 
 def run_numbers(text: str, out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
     """The kernel of map into given outputs, of a spec's numbers as text: of all forms the one that costs least."""
+    if eager.face is not None and eager.face.map_numbers(text, out, tensors):
+        return
     values = tensors[FIRST_VALUE:] or None
     if len(out) == 1 and values is None:
         _MAP_NUMBERS(text, out[0], *tensors)

@@ -363,8 +363,10 @@ def ddim_path(
 ) -> None:
     """Path values of a DDIM step given as tensors: no division by zero, and sigma_s^2 >= d^2, where values are looked
     at (host numbers alone are judged by rows.ddim_numbers)."""
+    if type(alpha_t) is type(sigma_t) is type(alpha_s) is type(sigma_s) is type(eta) is float:
+        return
     path = (alpha_t, sigma_t, alpha_s, sigma_s, eta)
-    if all(isinstance(p, float) for p in path) or not all(isinstance(p, float) or _visible(p) for p in path):
+    if not all(isinstance(p, float) or _visible(p) for p in path):
         return
     alpha_t, sigma_t, alpha_s, sigma_s, eta = (p.detach() if is_tensor(p) else p for p in path)
     if prediction == "epsilon" and _any(alpha_t == 0.0):

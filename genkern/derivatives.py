@@ -227,37 +227,42 @@ def transposed_terms(spec: Spec, given: Sequence[bool], needed: Sequence[bool]) 
     return [(slot, term) for slot, term in slots if needed[slot]]
 
 
-def transposed_call(
+def transposed_row(
     spec: Spec, wanted: Sequence[tuple[int, int]], grads: Sequence[Tensor | None], values: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype], factor: Tensor | None = None,
-) -> tuple[Spec, list[Tensor | None]]:  # fmt: skip
-    """The call that yields the gradients of the wanted terms, out_k = factor sum_j c_jk G_j, in one pass.
+    factor: Tensor | None = None,
+) -> tuple[rows.Row, list[Tensor]]:  # fmt: skip
+    """The row that yields the gradients of the wanted terms, out_k = factor sum_j c_jk G_j, in one pass, and its
+    terms: the first given G_j as x, the others as h.
 
-    factor: [B], one number a sample, multiplied into the coefficients.
+    factor: [B], one number a sample, or [1]; multiplied into the coefficients.
     """
-    inputs = (rows.X, rows.H0, rows.H1)  # where the G_j go
     given = [(j, g) for j, g in enumerate(grads) if g is not None]
-    target = {
-        rows.out_cell(j, term): rows.out_cell(k, inputs[i])
-        for k, (_, term) in enumerate(wanted)
-        for i, (j, _) in enumerate(given)
-    }
-    tensors = dict(zip(spec.cells, zip(values, spec.scales, strict=True), strict=True))
-    row = [0.0] * rows.n_cells(len(wanted))
-    row[rows.W] = 1.0
-    overrides: list[tuple[int, Tensor, float]] = []
-    for source, cell in target.items():
-        if source in tensors:
-            value, scale = tensors[source]
-            overrides.append((cell, value if factor is None else factor * value, scale))
-        elif factor is None:
-            row[cell] = spec.row[source]
-        elif spec.row[source] != 0.0:
-            overrides.append((cell, factor, spec.row[source]))
+    tensors = dict(zip(spec.cells, zip(values, spec.scales, strict=True), strict=True)) if spec.cells else {}
+
+    def coefficient(j: int, term: int) -> Any:
+        cell = rows.out_cell(j, term)
+        if cell in tensors:
+            value, scale = tensors[cell]
+            return rows.Scaled(value if factor is None else factor * value, scale)
+        number = spec.row[cell]
+        return number if factor is None or number == 0.0 else rows.Scaled(factor, number)
+
+    first, others = given[0][0], [j for j, _ in given[1:]]
+    outs = [
+        rows.Out(0.0, coefficient(first, term), 0.0, tuple([coefficient(j, term) for j in others]))
+        for _, term in wanted
+    ]
+    return rows.Row(tuple(outs)), [g for _, g in given]
+
+
+def laid_out(
+    row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> tuple[Spec, list[Tensor | None]]:  # fmt: skip
+    """A call of a row of x and h."""
+    packed, (first, *others) = rows.pack(row), terms
     codes = tuple(CODES[dtype] for dtype in dtypes)
-    cells, scales = tuple(cell for cell, _, _ in overrides), tuple(scale for _, _, scale in overrides)
-    back = Spec(tuple(row), len(given) - 1, cells, scales, 0, 0, (), False, codes)
-    first, *others = (g for _, g in given)
-    tensors_back: list[Tensor | None] = [None] * FIRST_VALUE
-    tensors_back[X], tensors_back[FIRST_H : FIRST_H + len(others)] = first, others
-    return back, [*tensors_back, *(value for _, value, _ in overrides)]
+    cells, scales = tuple(packed.cells), tuple(packed.scales)
+    back = Spec(tuple(packed.row), len(others), cells, scales, 0, 0, (), False, codes)
+    tensors: list[Tensor | None] = [None] * FIRST_VALUE
+    tensors[X], tensors[FIRST_H : FIRST_H + len(others)] = first, others
+    return back, [*tensors, *packed.values]

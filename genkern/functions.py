@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rows
-from .calls import CODES, direct, draw, run_map, run_map_out, run_numbers, run_reduce, transformed
+from . import eager, rows
+from .calls import CODES, direct, run_map, run_map_out, run_numbers, run_reduce, transformed
 from .coefficients import differentiable_formula, ready
-from .derivatives import Terms, pulled_back, pushed_forward, transposed_call, transposed_terms
+from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
+from .lanes import drawn_once, over_lanes
 from .reference import formula as reference
-from .spec import DEVICE_KEY, FIRST_VALUE, M_UNCOND, SAMPLE_IDS, TABLE, M, Spec, X, Z, invoke
+from .spec import FIRST_VALUE, M_UNCOND, TABLE, Spec, invoke, unpacked
 
 __all__ = [
     "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
@@ -82,8 +83,8 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _given(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    return tuple(t is not None for t in tensors)
+def _given(tensors: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple([t is not None for t in tensors])
 
 
 def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -115,20 +116,35 @@ def _by_maps(
     found: list[Tensor | None] = [None] * len(dtypes)
     for start in range(0, len(wanted), rows.MAX_OUTS):
         part = wanted[start : start + rows.MAX_OUTS]
-        back, arguments = transposed_call(spec, part, grads, values, [dtypes[slot] for slot, _ in part], factor)
+        row, terms = transposed_row(spec, part, grads, values, factor)
+        part_dtypes = [dtypes[slot] for slot, _ in part]
         last = start + rows.MAX_OUTS >= len(wanted)
         reused = next((slot for slot, _ in part if into is not None and last and dtypes[slot] == into.dtype), None)
         if into is None or reused is None:
-            results = map_rows(back, *arguments)
+            results = _map(row, terms, part_dtypes)
         else:
             # A tensor of its own, so that .grad can take it over: autograd holds the residual until this returns.
             results = tuple(
                 into.detach() if slot == reused else torch.empty_like(into, dtype=dtypes[slot]) for slot, _ in part
             )
+            back, arguments = laid_out(row, terms, part_dtypes)
             run_map_out(back, results, *arguments)
         for (slot, _), result in zip(part, results, strict=True):
             found[slot] = result
     return found
+
+
+def _map(row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    """A row of x and h, differentiably."""
+    if not torch.compiler.is_compiling() and eager.face is not None:
+        first, *others = terms
+        quick: tuple[Tensor, ...] | None = eager.face.map_row(
+            row, first, None, None, tuple(others), None, None, dtypes, 1
+        )
+        if quick is not None:
+            return quick
+    back, arguments = laid_out(row, terms, dtypes)
+    return map_rows(back, *arguments)
 
 
 # Of torch's private interface, so missed where it is not there: then nothing is done in place.
@@ -173,12 +189,12 @@ class _Map(_CompiledMap):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *tensors: Tensor | None) -> tuple[Any, Any]:
-        spec, tensors = _drawn_once(spec, in_dims[1:], tensors)
+        spec, tensors = drawn_once(spec, in_dims[1:], tensors)
 
         def one(*full: Tensor | None) -> tuple[Tensor, ...]:
             return tuple(invoke(reference.map, spec, full, spec.dtypes, spec.size, spec.device))
 
-        outs = _over_lanes(one, in_dims[1:], tensors)
+        outs = over_lanes(one, in_dims[1:], tensors)
         return outs, (0,) * len(outs)
 
 
@@ -203,22 +219,27 @@ class _CompiledReduce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
         residual, _, *tensors = ctx.saved_tensors
-        return _reduce_backward(ctx, residual, tensors, grad_sums, False)
+        return _reduce_backward(ctx, residual, tensors, _first(grad_sums), False)
 
 
 def _reduce_backward(
-    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], grad_sums: Tensor | None, in_place: bool
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], factor: Tensor | None, in_place: bool
 ) -> tuple[Any, ...]:
+    """factor: the gradient of a sample's sum, [B] or, the same for all, [1]."""
     spec, needed = ctx.spec, ctx.needs_input_grad[2:]
-    if grad_sums is None:
+    if factor is None:
         return (None,) * (2 + len(needed))
-    factor = grad_sums[:, 0].contiguous() if spec.kind else 2.0 * grad_sums[:, 0]
+    factor = factor if spec.kind else 2.0 * factor
     wanted = transposed_terms(spec, ctx.given, needed)
     if wanted is None:
-        g = residual.to(grad_sums.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
+        g = residual.to(factor.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
         return (None, None, *pulled_back(spec, tensors, [g], needed, masked=True))
     into = residual if in_place else None
     return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, into))
+
+
+def _first(grad_sums: Tensor | None) -> Tensor | None:
+    return None if grad_sums is None else grad_sums[:, 0].contiguous()
 
 
 class _Once(torch.autograd.Function):
@@ -249,6 +270,25 @@ class _Once(torch.autograd.Function):
 _ONCE = "path_loss: expected one derivative, got a second one; its sums are differentiable once"
 
 
+def _reduce_backward_once(
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], result: Tensor, grad: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients, tied where they may be differentiated to the result that grad is the gradient of."""
+    again = torch.is_grad_enabled() or transformed()
+    in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
+    # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
+    if not again:
+        return _reduce_backward(ctx, residual, tensors, factor, in_place)
+    with torch.no_grad():
+        found = _reduce_backward(ctx, residual, tensors, factor, False)
+    slots = [k for k, g in enumerate(found) if g is not None]
+    if not slots:
+        return found
+    tied = dict(zip(slots, _Once.apply(result, grad, *(found[k] for k in slots)), strict=True))
+    return tuple(tied.get(k) for k in range(len(found)))
+
+
 class _Reduce(_CompiledReduce):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -261,18 +301,7 @@ class _Reduce(_CompiledReduce):
     @staticmethod
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
         residual, sums, *tensors = ctx.saved_tensors
-        again = torch.is_grad_enabled() or transformed()
-        in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
-        # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
-        if not again:
-            return _reduce_backward(ctx, residual, tensors, grad_sums, in_place)
-        with torch.no_grad():
-            found = _reduce_backward(ctx, residual, tensors, grad_sums, False)
-        slots = [k for k, g in enumerate(found) if g is not None]
-        if not slots:
-            return found
-        tied = dict(zip(slots, _Once.apply(sums, grad_sums, *(found[k] for k in slots)), strict=True))
-        return tuple(tied.get(k) for k in range(len(found)))
+        return _reduce_backward_once(ctx, residual, tensors, sums, grad_sums, _first(grad_sums))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> tuple[None, Tensor]:
@@ -291,38 +320,85 @@ class _Reduce(_CompiledReduce):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], spec: Spec, mask: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        spec, tensors = _drawn_once(spec, in_dims[2:], tensors)
+        spec, tensors = drawn_once(spec, in_dims[2:], tensors)
 
         def one(mask: Tensor | None, *full: Tensor | None) -> tuple[Tensor, ...]:
             return tuple(invoke(reference.reduce, spec, full, mask, spec.kind))
 
-        return _over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
+        return over_lanes(one, in_dims[1:], (mask, *tensors)), (0, 0)
 
 
-def _drawn_once(
-    spec: Spec, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]
-) -> tuple[Spec, tuple[Tensor | None, ...]]:
-    """The same call with its noise as a tensor, where all lanes draw the same."""
-    slot = next((slot for slot in (X, M) if tensors[slot] is not None), None)
-    if not spec.noise or slot is None or in_dims[DEVICE_KEY] is not None or in_dims[SAMPLE_IDS] is not None:
-        return spec, tuple(tensors)
-    like, found = tensors[slot], list(tensors)
-    assert like is not None
-    lane = like if in_dims[slot] is None else like.select(in_dims[slot], 0)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    found[Z] = draw(spec, tensors[DEVICE_KEY], tensors[SAMPLE_IDS], lane.shape, like.device, wide)
-    return spec._replace(noise=0), tuple(found)
+class _EagerMap(torch.autograd.Function):
+    """What ties a map that genkern.eager has run to autograd. Nothing transforms such a call, so it needs neither
+    setup_context, which alone costs as much as five small kernels, nor jvp and vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, ready: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.call, kept, outs = ready  # without the outputs, which hold ctx
+        if len(outs) > 1:
+            ctx.set_materialize_grads(False)
+        if kept:
+            ctx.save_for_backward(*_kept_eagerly(kept, tensors))
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        return _CompiledMap.backward(ctx, *grads)
 
 
-def _over_lanes(one: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor | None]) -> Any:
-    """torch.vmap of `one` over the batched arguments; the others, and those not given, are closed over."""
-    batched = [k for k, dim in enumerate(in_dims) if dim is not None]
-    given: list[Any] = [tensors[k] for k in batched]
+class _EagerReduce(torch.autograd.Function):
+    """The same of a reduction."""
 
-    def lane(*parts: Tensor) -> Any:
-        full = list(tensors)
-        for k, part in zip(batched, parts, strict=True):
-            full[k] = part
-        return one(*full)
+    @staticmethod
+    def forward(
+        ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call, kept, (residual, sums) = ready
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(residual)
+        ctx.save_for_backward(residual, sums, *_kept_eagerly(kept, tensors))
+        ctx.scratch = ctx.call[3] and _saving_hooks(False) is None
+        return residual, sums
 
-    return torch.vmap(lane, in_dims=tuple(in_dims[k] for k in batched))(*given)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        return _Reduce.backward(ctx, *grads)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The same of a reduction summed over the batch; ctx.call[3] is the factor of the sum. The residual, which no one
+    sees, is what ties a gradient to the inputs (_Once): the loss itself may be changed in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ready: tuple[Any, ...], mask: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call, kept, (residual, loss) = ready
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(residual, *_kept_eagerly(kept, tensors))
+        ctx.scratch = _saving_hooks(False) is None
+        return residual, loss
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        _lay_out(ctx)
+        residual, *tensors = ctx.saved_tensors
+        factor = None if grad is None else (ctx.call[3] * grad.detach()).reshape(1)
+        return _reduce_backward_once(ctx, residual, tensors, residual, grad, factor)
+
+
+def _kept_eagerly(kept: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """As _kept, which csrc/python/eager.cpp has decided: nothing, the coefficients, all."""
+    return (*[None] * FIRST_VALUE, *tensors[FIRST_VALUE:]) if kept == 1 else tensors if kept else ()
+
+
+def _lay_out(ctx: Any) -> None:
+    numbers, n_h, codes, _, ctx.dtypes = ctx.call
+    ctx.spec, ctx.given = unpacked(numbers, n_h, codes), _given(ctx.dtypes)
+
+
+# Past Function.apply, which asks what genkern.eager has asked.
+_apply = torch._C._FunctionBase.__dict__["apply"]
+eager.connect(*(_apply.__get__(None, function) for function in (_EagerMap, _EagerReduce, _EagerLoss)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import check, rows
+from . import check, eager, rows
 from .noise import Noise, as_int64
 from .spec import Spec
 
@@ -51,6 +51,10 @@ def apply_row(
         ValueError: shapes, devices or lengths that differ; a coefficient whose term is not given. TypeError: arrays of
             mixed kinds or not floating.
     """
+    if not check.compiling() and eager.face is not None:
+        quick: tuple[Any, ...] | None = eager.face.map_row(row, x, m, m_uncond, h, noise, out, dtypes, 1 + uniform)
+        if quick is not None:
+            return quick
     packed = rows.pack(row)
     given = _checked(packed, x, m, m_uncond, h, noise, size, device, names)
     outs = None if out is None else (out,) if not isinstance(out, (tuple, list)) else tuple(out)
@@ -119,6 +123,12 @@ def reduce_row(
         (residual, sums): the residual in m's dtype (x's without m), without a gradient; sums [B, 2], float32 (float64
         for float64): of rho(r), and of the mask (the number of unmasked elements), differentiable once.
     """
+    if not check.compiling() and eager.face is not None and kind in KINDS:
+        quick: tuple[Any, Any] | None = eager.face.reduce_row(
+            row, x, m, m_uncond, h, noise, mask, KINDS.index(kind), scratch
+        )
+        if quick is not None:
+            return quick
     packed = rows.pack(row)
     if packed.n_out != 1:
         raise ValueError(f"row: expected one output, the residual, got {packed.n_out}")
@@ -131,6 +141,21 @@ def reduce_row(
 
         return arrays.run_reduce(spec, mask, *tensors)
     return _torch_side().reduce_rows(spec._replace(scratch=scratch), mask, *tensors)
+
+
+def reduce_batch(
+    row: AnyRow, scale: float, *, x: Any = None, m: Any = None, h: Sequence[Any] = (), noise: Any = None,
+    kind: str = "l2", names: Sequence[str] = NAMES,
+) -> Any:  # fmt: skip
+    """scale times the sum over all samples of reduce_row's sums: a number (0-d), summed in an order that depends on
+    the batch alone, by a reduction of the sums."""
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.loss_row(row, x, m, None, h, noise, None, KINDS.index(kind), scale)
+        if quick is not None:
+            return quick
+    _, sums = reduce_row(row, x=x, m=m, h=h, noise=noise, kind=kind, scratch=True, names=names)
+    _, total = reduce_row(rows.Row((rows.Out(x=scale),)), x=sums[:, 0][None], kind="l1")
+    return total[0, 0]
 
 
 _functions: Any = None

@@ -10,12 +10,13 @@ The same names in plain PyTorch are in genkern.reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from . import check, rows
+from . import check, eager, rows
 from .check import coefficient as _coef
-from .fused import NAMES, apply_row, reduce_row
+from .fused import NAMES, apply_row, reduce_batch, reduce_row
 from .noise import Noise
 from .rows import DDIMRow, Out, Row, times
 
@@ -30,6 +31,8 @@ REDUCTIONS = ("mean", "sum", "none")
 _STEP = ("x", "v", "uncond", *NAMES[3:])
 _HEUN = ("x", "v", "m_uncond", "noise", "v_next", *NAMES[5:])
 _SKIP = ("x", "network_output", "uncond", *NAMES[3:])
+_LOSS = ("x", "model_output", *NAMES[2:])
+_TARGETS = NAMES[4:]
 _DDIM = ("x_t", "model_output", "uncond", *NAMES[3:])
 
 
@@ -278,23 +281,19 @@ def path_loss(
     model_output = _needed("model_output", model_output)
     check.choice("kind", kind, LOSSES)
     check.choice("reduction", reduction, REDUCTIONS)
-    check.terms([("model_output", model_output)])
-    for name, value in (("h", h), ("h_coefs", h_coefs)):
-        if not isinstance(value, (tuple, list)):
-            raise TypeError(f"{name}: expected a tuple or a list, got {type(value).__name__}")
-    h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
-    if len(coefs) != len(h):
-        raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
-    x_coef, noise_coef, m_coef = (
-        _coef(name, value, model_output)
-        for name, value in (("x_coef", x_coef), ("noise_coef", noise_coef), ("m_coef", m_coef))
-    )
-    coefs = tuple(_coef(f"h_coefs[{k}]", value, model_output) for k, value in enumerate(coefs))
-    if noise is None and not (isinstance(noise_coef, float) and noise_coef == 0.0):
+    if x is None or not check.is_tensor(model_output):  # else a pass checks all of them
+        check.terms((("model_output", model_output),))
+    coefs: tuple[Coef, ...] = ()
+    if not (type(h) is type(h_coefs) is tuple and len(h) == len(h_coefs) == 0):
+        h, coefs = _targets(h, h_coefs, model_output)
+    x_coef, noise_coef = _coef("x_coef", x_coef, model_output), _coef("noise_coef", noise_coef, model_output)
+    m_coef = _coef("m_coef", m_coef, model_output)
+    if noise is None and not (type(noise_coef) is float and noise_coef == 0.0):
         raise ValueError("noise: expected a Noise or a tensor where noise_coef is not 0, got None")
-    names, x_name = [f"h[{k}]" for k in range(len(h))], "x"
+    names: tuple[str, ...] = _TARGETS
+    x_name = "x"
     if x is None:
-        if not (isinstance(x_coef, float) and x_coef == 0.0):
+        if not (type(x_coef) is float and x_coef == 0.0):
             raise ValueError("x_coef: expected 0 where x is not given, got another number")
         # The term of highest precision takes the state's place, which sets the arithmetic's.
         given = None if isinstance(noise, Noise) else noise
@@ -305,21 +304,22 @@ def path_loss(
         if k == len(h):
             x_name, x, x_coef, noise, noise_coef = "noise", noise, noise_coef, None, 0.0
         elif k >= 0:
-            x_name, x, x_coef = names.pop(k), h[k], coefs[k]
-            h, coefs = h[:k] + h[k + 1 :], coefs[:k] + coefs[k + 1 :]
-    row = Row(
-        (Out(x=times(-1.0, x_coef), m=m_coef, h=tuple(times(-1.0, k) for k in coefs), z=times(-1.0, noise_coef)),)
-    )
+            x_name, names = f"h[{k}]", names[:k] + names[k + 1 :]
+            x, x_coef = h[k], coefs[k]
+            h, coefs = (*h[:k], *h[k + 1 :]), coefs[:k] + coefs[k + 1 :]
+    target = tuple([times(-1.0, k) for k in coefs]) if coefs else ()
+    row = Row((Out(0.0, times(-1.0, x_coef), m_coef, target, times(-1.0, noise_coef)),))
+    names = _LOSS if names is _TARGETS and x_name == "x" else (x_name, *_LOSS[1:4], *names)
+    shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
+    if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
+        scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)
+        return reduce_batch(row, scale, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names)
     _, sums = reduce_row(
-        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind="l1" if kind == "l1" else "l2", scratch=True,
-        names=(x_name, "model_output", "m_uncond", "noise", *names),
+        row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
     )  # fmt: skip
     total, count = sums[:, 0], sums[:, 1]
     if kind == "pseudo_huber":
-        elements = 1
-        for size in model_output.shape[1:]:
-            elements *= size
-        c = 0.00054 * max(elements, 1) ** 0.5 if c is None else check.number("c", c)
+        c = 0.00054 * max(math.prod(shape[1:]), 1) ** 0.5 if c is None else check.number("c", c)
         if not c > 0.0:
             raise ValueError(f"c: expected a number > 0, got {c}")
         loss = (total + c * c) ** 0.5 - c
@@ -331,6 +331,17 @@ def path_loss(
     if reduction == "none":
         return loss
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def _targets(h: Any, h_coefs: Any, like: Array) -> tuple[tuple[Array, ...], tuple[Coef, ...]]:
+    """h and their coefficients, 1.0 each where none are given."""
+    for name, value in (("h", h), ("h_coefs", h_coefs)):
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name}: expected a tuple or a list, got {type(value).__name__}")
+    h, coefs = tuple(h), tuple(h_coefs) if len(h_coefs) else (1.0,) * len(h)
+    if len(coefs) != len(h):
+        raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
+    return h, tuple([_coef(f"h_coefs[{k}]", value, like) for k, value in enumerate(coefs)])
 
 
 def _as(value: Array, like: Array) -> Array:
@@ -354,6 +365,10 @@ def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | N
 
 
 def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.draw(shape, noise, device, dtype, out, 1 + uniform)
+        if quick is not None:
+            return quick
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: expected a Noise, got {type(noise).__name__}")
     size = check.shape(shape)

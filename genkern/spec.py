@@ -45,18 +45,35 @@ def invoke(op: Callable[..., Any], spec: Spec, tensors: Sequence[Any], *rest: An
     )  # fmt: skip
 
 
-def numbers(spec: Spec) -> str:
-    """A spec's numbers as one text, the form in which an op takes them soonest: in hexadecimal digits
-    (csrc/torch/library.cpp says in which order)."""
+def packed(spec: Spec) -> bytes:
+    """A spec's numbers as bytes (csrc/faces/numbers.h says in which order)."""
     row, cells = spec.row, spec.cells
     n_row, n_values = len(row), len(cells)
+    key = spec.key or _NO_KEY
+    return _layout(n_row, n_values).pack(
+        spec.formula, spec.noise, spec.use_pred, spec.kind, n_row, n_values, *key, *row, *cells, *spec.scales
+    )  # fmt: skip
+
+
+def numbers(spec: Spec) -> str:
+    """The same as one text of hexadecimal digits, the form in which a torch op takes them soonest."""
+    return packed(spec).hex()
+
+
+def unpacked(numbers: bytes, n_h: int, dtypes: tuple[int, ...]) -> Spec:
+    """The spec of a call that was packed in C++."""
+    formula, noise, use_pred, kind, n_row, n_values = numbers[:6]
+    found = _layout(n_row, n_values).unpack(numbers)[6:]
+    key, row, rest = found[:3], found[3 : 3 + n_row], found[3 + n_row :]
+    cells, scales = rest[:n_values], rest[n_values:]
+    return Spec(row, n_h, cells, scales, formula, noise, key, bool(use_pred), dtypes, kind=kind)
+
+
+def _layout(n_row: int, n_values: int) -> struct.Struct:
     layout = _LAYOUTS.get((n_row, n_values))
     if layout is None:
         layout = _LAYOUTS[n_row, n_values] = struct.Struct(f"=6B2x3q{n_row}d{n_values}q{n_values}d")
-    key = spec.key or _NO_KEY
-    return layout.pack(
-        spec.formula, spec.noise, spec.use_pred, spec.kind, n_row, n_values, *key, *row, *cells, *spec.scales
-    ).hex()  # fmt: skip
+    return layout
 
 
 _NO_KEY = (0, 0, 0)

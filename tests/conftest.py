@@ -33,10 +33,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=["kernel", "reference"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test on the compiled kernels, and again on the plain PyTorch that takes their place elsewhere."""
-    from genkern import calls
+    from genkern import calls, eager
 
     if request.param == "reference":
         monkeypatch.setattr(calls, "_DEVICES", frozenset())
+        monkeypatch.setattr(eager, "face", None)
     elif not calls._DEVICES:
         pytest.skip(f"the compiled library is missing: {_library.why_missing()}")
     return request.param

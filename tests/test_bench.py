@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from genkern import _library, cli
-from genkern.bench import cases, loops, machine, networks, peers, run, setup, table, timing, world
+from genkern import _library, cli, eager
+from genkern.bench import cases, host, loops, machine, networks, peers, run, setup, table, timing, world
 from genkern.bench.world import (
     CAREFUL,
     COMPILED,
@@ -221,6 +221,24 @@ def test_a_gpu_has_columns_of_host_time_and_peak_memory():
     assert "| op | dtype | time | host | GB/s |" in text
     assert "| euler_step | float32 | 100 us | 20.0 us | 0.12 | 1.50 | 2.50x | - | - |  |" in text
     assert "| euler_step | float32 | 3.00 MiB | - |" in text
+
+
+def test_small_calls_are_a_table_of_times_over_that_of_a_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    monkeypatch.setattr(run, "Compiler", lambda wanted=False: Compiler(wanted=False))
+    asked = setup.prepare("cpu", only="host time", out=tmp_path)
+    assert host.asked(None) and not host.asked("randn")
+    result = run.run(asked, lambda text: None)
+    product, *calls = result["host"]
+    assert result["rows"] == []
+    assert (product["call"], product["ratio"], product["gradient_ratio"]) == ("x * 2.0", 1.0, 1.0)
+    named = {"euler_step", "heun_step", "ddim_step", "add_noise", "consistency_skip", "path_loss", "randn"}
+    assert named < {call["call"] for call in calls}
+    for call in calls:
+        assert call["ratio"] == pytest.approx(call["seconds"] / product["seconds"])
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert "| small call on the host | time | over `x * 2.0` | with a gradient | over it | through torch.ops |" in text
+    assert eager.face is not None
 
 
 def test_redrawing_covers_every_result_of_the_folder_with_gpus_first(tmp_path):

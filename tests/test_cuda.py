@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import genkern as gk
-from genkern import _library
+from genkern import _library, eager
 from genkern.reference.noise import randn_at
 
 pytestmark = [
@@ -89,6 +89,29 @@ def test_a_captured_graph_replays_with_a_new_seed_from_device_memory() -> None:
         seed.fill_(value)
         graph.replay()
         assert torch.equal(out, gk.ops.add_noise(x, 0.8, 0.6, noise=gk.Noise(seed=value)))
+
+
+def test_a_captured_graph_replays_calls_past_the_dispatcher_on_new_data() -> None:
+    if eager.face is None:
+        pytest.skip("this torch has no exchange API")
+    x, v = (torch.randn((4, 1000), device="cuda") for _ in range(2))
+    noise = gk.Noise(seed=3)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        return gk.ops.euler_step(x, v, 0.5), gk.ops.path_loss(v, x, x_coef=1.0, noise_coef=-1.0, noise=noise)
+
+    step()
+    torch.cuda.synchronize()
+    graph, before = torch.cuda.CUDAGraph(), eager.face.eager_calls()
+    with torch.cuda.graph(graph):
+        state, loss = step()
+    assert eager.face.eager_calls() == before + 2
+    x.normal_()
+    v.normal_()
+    graph.replay()
+    wanted = step()
+    assert torch.equal(state, wanted[0])
+    assert torch.equal(loss, wanted[1])
 
 
 def test_no_op_synchronises() -> None:

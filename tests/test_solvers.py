@@ -11,7 +11,7 @@ import torch
 from analytic import PathNetwork, mixture
 
 import genkern as gk
-from genkern import paths
+from genkern import eager, paths
 from genkern.rows import Out
 from genkern.samplers import (
     DDIM,
@@ -321,6 +321,7 @@ def test_gradient_through_the_memory_is_that_of_finite_differences(sampler):
 def test_one_pass_a_step(sampler, dtype, monkeypatch):
     """One more where a step writes four tensors: UniPC's state, input, prediction and corrected state."""
     count = []
+    monkeypatch.setattr(eager, "face", None)  # so that every pass goes by these
     for name in ("map_rows_out", "run_numbers"):
         if hasattr(passes.functions, name):
             real = getattr(passes.functions, name)

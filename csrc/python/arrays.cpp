@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "eager.h"
 #include "views.h"
 
 #if defined(_OPENMP)
@@ -190,4 +191,5 @@ PYBIND11_MODULE(_arrays, module) {
   module.def("cpu_isa", &cpu_isa, py::arg("select") = "",
              "The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.");
   module.attr("has_cuda") = kHasCuda;
+  genkern::add_eager(module.ptr());
 }

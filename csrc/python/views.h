@@ -15,6 +15,21 @@ namespace genkern {
 
 namespace py = pybind11;
 
+inline Element dlpack_element(const dlpack::DataType& dtype) {
+  if (dtype.lanes != 1) return Element::other;
+  switch (dtype.code) {
+    case dlpack::kFloat:
+      return dtype.bits == 16   ? Element::f16
+             : dtype.bits == 32 ? Element::f32
+             : dtype.bits == 64 ? Element::f64
+                                : Element::other;
+    case dlpack::kBfloat: return dtype.bits == 16 ? Element::bf16 : Element::other;
+    case dlpack::kBool: return dtype.bits == 8 ? Element::boolean : Element::other;
+    case dlpack::kInt: return dtype.bits == 64 ? Element::int64 : Element::other;
+    default: return Element::other;
+  }
+}
+
 // The views of one call. Sizes and strides are copied; objects and capsules are held until the call has ended (on CUDA,
 // until the work is queued on the stream that its arrays are ordered by).
 class Views {
@@ -149,21 +164,6 @@ class Views {
     }
     keep(view, std::move(shape), std::move(strides));
     return view;
-  }
-
-  static Element dlpack_element(const dlpack::DataType& dtype) {
-    if (dtype.lanes != 1) return Element::other;
-    switch (dtype.code) {
-      case dlpack::kFloat:
-        return dtype.bits == 16   ? Element::f16
-               : dtype.bits == 32 ? Element::f32
-               : dtype.bits == 64 ? Element::f64
-                                  : Element::other;
-      case dlpack::kBfloat: return dtype.bits == 16 ? Element::bf16 : Element::other;
-      case dlpack::kBool: return dtype.bits == 8 ? Element::boolean : Element::other;
-      case dlpack::kInt: return dtype.bits == 64 ? Element::int64 : Element::other;
-      default: return Element::other;
-    }
   }
 
   void keep(View& view, std::vector<int64_t> shape, std::vector<int64_t> strides) {

@@ -1,13 +1,11 @@
 // torch.ops.genkern.*: schemas, allocation, device and stream, on the LibTorch stable ABI (no ATen header).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -16,17 +14,8 @@
 #include <vector>
 
 #include "../faces/call.h"
-
-// torch 2.13 gave the check of a shim call this name; the older headers have it as TORCH_ERROR_CODE_CHECK only.
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
-#ifdef GENKERN_WITH_CUDA
-// Weak, so that the library also loads under a torch without CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
-    __attribute__((weak));
-#endif
+#include "../faces/numbers.h"
+#include "launch.h"
 
 namespace {
 
@@ -117,40 +106,9 @@ Tensor empty_like(const Tensor& t, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-const genkern::Parallel kTorchThreads{
-    [](int64_t count, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
-      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-    }};
-
-// Runs cpu() or cuda(stream), the latter on the tensor's device and the current stream.
-template <typename Cpu, typename Cuda>
-void run_on(const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda) {
-  if (like.is_cpu()) return cpu();
-  expect(like.is_cuda(), "x: expected a tensor on the CPU or on a CUDA device");
-#ifdef GENKERN_WITH_CUDA
-  expect(aoti_torch_get_current_cuda_stream != nullptr, "x: this torch has no CUDA");
-  const int32_t device = like.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = cuda(stream);
-  expect(error == nullptr, "genkern: the kernel could not be launched: ", error);
-#else
-  expect(false, "x: is on a CUDA device, but genkern was built without CUDA; rebuild it where nvcc is found");
-#endif
-}
-
 void run_map(const Call& call, const Tensor& like) {
-  const genkern::MapArgs args = genkern::make_args(call);
-  run_on(
-      like, [&] { genkern::map_cpu(args, kTorchThreads); },
-      [&]([[maybe_unused]] void* stream) -> const char* {
-#ifdef GENKERN_WITH_CUDA
-        return genkern::map_cuda(args, stream);
-#else
-        return nullptr;
-#endif
-      });
+  const auto [on_cuda, device] = genkern::place(like);
+  genkern::launch_map(genkern::make_args(call), on_cuda, device);
 }
 
 // The tensor whose shape, device and strides the outputs take; null for a row of noise alone.
@@ -199,26 +157,8 @@ std::tuple<Tensor, Tensor> run_reduce(Call& call, int64_t kind, const MaybeTenso
   const int64_t sizes[2] = {args.map.sizes[0], 2}, strides[2] = {2, 1};
   Tensor sums = empty_strided(*like, 2, sizes, strides, args.map.f64 ? ScalarType::Double : ScalarType::Float);
   args.sums = sums.data_ptr();
-  auto workspace = [&](size_t bytes) {
-    const int64_t doubles = static_cast<int64_t>(bytes / sizeof(double)), step = 1;
-    Tensor t = empty_strided(*like, 1, &doubles, &step, ScalarType::Double);
-    args.workspace = t.data_ptr();
-    return t;
-  };
-  run_on(
-      residual,
-      [&] {
-        const Tensor kept = workspace(genkern::reduce_workspace_cpu(args.map));
-        genkern::reduce_cpu(args, kTorchThreads);
-      },
-      [&]([[maybe_unused]] void* stream) -> const char* {
-#ifdef GENKERN_WITH_CUDA
-        const Tensor kept = workspace(genkern::reduce_workspace_cuda(args.map));
-        return genkern::reduce_cuda(args, stream);
-#else
-        return nullptr;
-#endif
-      });
+  const auto [on_cuda, device] = genkern::place(residual);
+  genkern::launch_reduce(args, on_cuda, device);
   return {residual, sums};
 }
 
@@ -233,50 +173,11 @@ std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_un
   return run_reduce(call, kind, m, like_of(x, m, z));
 }
 
-// The forms below take a call's numbers as one text and h one by one: a list costs a microsecond on its way here, even
-// an empty one. The text is 64-bit words, 16 hexadecimal digits each, the bytes in the order of memory:
-//   a byte each of formula, noise, use_pred, kind, lengths of row and of values, 0, 0; seed; stream; draw; row; cells;
-//   scales.
-constexpr size_t kHeaderBytes = 8 + 3 * sizeof(int64_t);
-
-void read_bytes(const char* digits, size_t count, void* to) {
-  static const auto value_of = [] {
-    std::array<uint8_t, 256> values{};
-    for (int c = 0; c < 10; ++c) values['0' + c] = static_cast<uint8_t>(c);
-    for (int c = 0; c < 6; ++c) values['a' + c] = static_cast<uint8_t>(10 + c);
-    return values;
-  }();
-  auto* bytes = static_cast<uint8_t*>(to);
-  for (size_t k = 0; k < count; ++k, digits += 2) {
-    bytes[k] = static_cast<uint8_t>(value_of[static_cast<uint8_t>(digits[0])] << 4 |
-                                    value_of[static_cast<uint8_t>(digits[1])]);
-  }
-}
-
-// The numbers of a call, and its kind of reduction.
+// The forms below take a call's numbers as one text (the bytes of numbers.h in hexadecimal digits) and h one by one: a
+// list costs a microsecond on its way here, even an empty one.
 int64_t read(const std::string& numbers, Call& call) {
-  expect(numbers.size() >= 2 * kHeaderBytes, "numbers: expected at least ", 2 * kHeaderBytes, " digits, got ",
-         numbers.size());
-  const char* next = numbers.data();
-  auto take = [&next](auto& into, size_t count) {
-    into.resize(count);
-    const size_t bytes = count * sizeof(into[0]);
-    read_bytes(next, bytes, into.data());
-    next += 2 * bytes;
-  };
-  uint8_t head[8];
-  read_bytes(next, sizeof(head), head);
-  next += 2 * sizeof(head);
-  const size_t n_row = head[4], n_values = head[5], digits = 2 * (kHeaderBytes + 8 * (n_row + 2 * n_values));
-  expect(numbers.size() == digits, "numbers: expected ", digits, " digits, got ", numbers.size());
-  call.formula = head[0];
-  call.noise = head[1];
-  call.use_pred = head[2] != 0;
-  take(call.key, 3);
-  take(call.row, n_row);
-  take(call.cells, n_values);
-  take(call.scales, n_values);
-  return head[3];
+  const std::string bytes = genkern::bytes_of(numbers.data(), numbers.size());
+  return genkern::read_numbers(bytes.data(), bytes.size(), call);
 }
 
 void set_arrays(Call& call, const MaybeTensor& x, const MaybeTensor& m, const MaybeTensor& z,
@@ -358,6 +259,7 @@ STABLE_TORCH_LIBRARY(genkern, library) {
   library.def(("reduce_numbers(str numbers, " + arrays + ", Tensor? mask=None) -> (Tensor, Tensor)").c_str());
   library.def("cpu_isa(str select=\"\") -> str");
   library.def("has_cuda() -> bool");
+  library.def("launcher() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
@@ -368,4 +270,5 @@ STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
   library.impl("reduce_numbers", TORCH_BOX(&reduce_numbers));
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   library.impl("has_cuda", TORCH_BOX(&has_cuda));
+  library.impl("launcher", TORCH_BOX(&genkern::launcher));
 }

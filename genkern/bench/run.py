@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cases, machine, plots, table, timing
+from . import cases, host, machine, plots, table, timing
 from .setup import Redraw, Setup
 from .world import COMPILED, FLOOR, FLOOR_GRAPHED, FLOORS, GENKERN, GRAPHED, OURS, Case, Compiler, World
 
@@ -39,7 +39,7 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
     """Measures, and writes JSON, Markdown and pictures into the folder; rewrites the table of a README if asked.
 
     Returns:
-        What the JSON holds: {"machine", "arguments", "rows"}.
+        What the JSON holds: {"machine", "arguments", "rows"}, and "host" (host.py) where it was asked for.
     """
     compiler = Compiler()
     facts, rows = machine.describe(setup.device), list[dict[str, Any]]()
@@ -50,6 +50,9 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
     for row in measured(setup, compiler):
         rows.append(row)
         echo(table.line(row))
+    if host.asked(setup.only):
+        small = result["host"] = host.measured(setup.device)
+        echo(table.host(small))
     stem = machine.slug(setup.device)
     (setup.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, setup.out, stem)
@@ -70,6 +73,8 @@ def redraw(what: Redraw) -> None:
 def draw(result: dict[str, Any], out: pathlib.Path, stem: str) -> None:
     """stem.md, stem-bandwidth.png and stem-speedup.png in the folder."""
     (out / f"{stem}.md").write_text(table.section(result))
+    if not result["rows"]:
+        return
     plots.bandwidth(result, out / f"{stem}-bandwidth.png")
     plots.speedup(result, out / f"{stem}-speedup.png")
 

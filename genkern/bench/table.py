@@ -24,7 +24,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def section(result: dict[str, Any]) -> str:
-    """A machine's tables: the ops, the normals, the loops."""
+    """A machine's tables: the ops, the normals, the loops, small calls."""
     facts, arguments, rows = result["machine"], result["arguments"], result["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     threads = f", {facts['threads']} threads" if facts["device"] == "cpu" else f", driver {facts['driver']}"
@@ -37,7 +37,21 @@ def section(result: dict[str, Any]) -> str:
     ]
     for make in (_ops, _memory, _normals, _loops):
         parts += make(rows)
+    if "host" in result:
+        parts.append(host(result["host"]))
     return "\n".join(parts)
+
+
+def host(rows: Sequence[dict[str, Any]]) -> str:
+    """What small calls cost on the host."""
+    head = ["small call on the host", "time", "over `x * 2.0`", "with a gradient", "over it", "through torch.ops"]
+    lines = []
+    for row in rows:
+        cells = [row["call"], duration(row["seconds"]), f"{row['ratio']:.2f}"]
+        recorded = "gradient_seconds" in row
+        cells += [duration(row["gradient_seconds"]), f"{row['gradient_ratio']:.2f}"] if recorded else ["-", "-"]
+        lines.append([*cells, f"{row['dispatched_ratio']:.2f}"])
+    return _table(head, lines, left=(0,))
 
 
 def duration(seconds: float) -> str:

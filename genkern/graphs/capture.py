@@ -11,6 +11,7 @@ import contextlib
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -116,7 +117,9 @@ class CudaCapture:
     def _abandon(self, graph: Any, generator: Any, intact: Any) -> None:
         """Ends a capture in which something was raised."""
         try:
-            graph.capture_end()
+            with warnings.catch_warnings():  # that the graph is empty, which is thrown away
+                warnings.simplefilter("ignore")
+                graph.capture_end()
         except Exception:  # the capture was invalid: torch stops half way through ending it
             self._mend(graph, generator, intact)
 
