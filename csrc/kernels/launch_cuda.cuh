@@ -231,6 +231,7 @@ Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pa
     Tiles tiles;
     tiles.of(walk, V::kVec);
     pass.quad = tiles.quad, pass.run = tiles.run, pass.pixels = tiles.pixels;
+    pass.tiles = static_cast<uint32_t>((walk.sizes[tiles.quad] + tiles.pixels - 1) / tiles.pixels);
     pass.blocks = tiles.blocks, pass.chunks = 1;
     return grid_of(dim3(kThreads), tiles.blocks, walk.batch);
   } else {

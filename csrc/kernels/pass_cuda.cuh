@@ -42,8 +42,10 @@ struct StridedPass : Pass<Acc> {
   int32_t ndim;
   int64_t sizes[kMaxDims];
   int64_t strides[kWalkArrays][kMaxDims];
-  // A permuted walk: the dimension of index stride 1, the elements of the faster ones, and how much of it is a tile.
+  // A permuted walk: the dimension of index stride 1, the elements of the faster ones, how much of it is a tile, and
+  // how many tiles it has.
   int32_t quad, run, pixels;
+  uint32_t tiles;
 };
 
 // What the threads of a block share.

@@ -36,21 +36,30 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
     Acc r[V::kOuts][kVec], mask[kVec];
     vector.apply(pass, cells, draw, r);
     if (masked) decode<Acc, kVec>(vector.mask, V::Facts::dtype(pass, kMask), mask);
+    // A known pass has whole vectors, and no branch an element.
+    const int count = V::Facts::kKnown ? kVec : vector.count;
+    const auto weigh = [&](auto rho_of) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (i >= vector.count) break;
-      const Acc weight = masked ? mask[i] : Acc(1);
-      Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
-      if (masked) elements += weight;
-      if (rho == Rho::square) {
-        sum = fma_(weight * v, v, sum);
-      } else {
-        sum += weight * (v < Acc(0) ? -v : v);
-        v = v > Acc(0) ? Acc(1) : (v < Acc(0) ? Acc(-1) : v);
+      for (int i = 0; i < kVec; ++i) {
+        if (i >= count) break;
+        const Acc weight = masked ? mask[i] : Acc(1);
+        const Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
+        if (masked) elements += weight;
+        r[0][i] = weight * rho_of(weight, v);
       }
-      r[0][i] = weight * v;
+    };
+    if (rho == Rho::square) {
+      weigh([&](Acc weight, Acc v) {
+        sum = fma_(weight * v, v, sum);
+        return v;
+      });
+    } else {
+      weigh([&](Acc weight, Acc v) {
+        sum += weight * (v < Acc(0) ? -v : v);
+        return v > Acc(0) ? Acc(1) : (v < Acc(0) ? Acc(-1) : v);
+      });
     }
-    if (!masked) elements += static_cast<Acc>(vector.count);
+    if (!masked) elements += static_cast<Acc>(count);
     vector.put(pass, 0, r[0]);
   });
   const int at = threadIdx.y * blockDim.x + threadIdx.x;

@@ -19,15 +19,27 @@ __device__ __forceinline__ char* address(const Pass<Acc>& pass, int k, int size,
   return static_cast<char*>(pass.data[k]) + (b * pass.batch_stride[k] + e) * size;
 }
 
-template <typename Acc>
-__device__ __forceinline__ char* strided_address(const StridedPass<Acc>& pass, int k, int size, int64_t b, int64_t e) {
-  int64_t offset = b * pass.batch_stride[k];
-  for (int d = pass.ndim - 1; d >= 0; --d) {
-    offset += e % pass.sizes[d] * pass.strides[k][d];
-    e /= pass.sizes[d];
+// Where element e lies in every array of a strided walk: one division a dimension for all of them, of 32 bits where
+// that is enough.
+struct Offsets {
+  int64_t of[kArrays];
+
+  template <typename Integer, typename Acc>
+  __device__ __forceinline__ void set(const StridedPass<Acc>& pass, int64_t b, Integer e) {
+#pragma unroll
+    for (int k = 0; k < kArrays; ++k) of[k] = b * pass.batch_stride[k];
+    for (int d = pass.ndim - 1; d >= 0; --d) {
+      const auto size = static_cast<Integer>(pass.sizes[d]);
+      const Integer rest = d > 0 ? e / size : 0;
+      const auto at = static_cast<int64_t>(e - rest * size);
+#pragma unroll
+      for (int k = 0; k < kArrays; ++k) of[k] += at * pass.strides[k][d];
+      e = rest;
+    }
   }
-  return static_cast<char*>(pass.data[k]) + offset * size;
-}
+};
+
+struct Nothing {};
 
 // The cells that a known pass uses, in registers.
 template <typename Acc, typename Facts>
@@ -84,6 +96,7 @@ struct Vector {
 
   int64_t b, e;
   int count;
+  std::conditional_t<kLayout == Layout::strided, Offsets, Nothing> offsets;
   Raw<kWords> x, m, u, h[kHs > 0 ? kHs : 1], z;
   Raw<(kWords > kVec ? kWords : kVec)> mask;  // of any type beside halves
 
@@ -93,7 +106,7 @@ struct Vector {
 
   __device__ __forceinline__ char* at(const Pass& pass, int k, int size) const {
     if constexpr (kLayout == Layout::strided) {
-      return strided_address(pass, k, size, b, e);
+      return static_cast<char*>(pass.data[k]) + offsets.of[k] * size;
     } else {
       return address<Acc>(pass, k, size, b, e);
     }
@@ -112,6 +125,13 @@ struct Vector {
     const int64_t left = b < pass.batch ? end - e : 0;
     count = left <= 0 ? 0 : Facts::kKnown || left >= kVec ? kVec : static_cast<int>(left);
     if (count == 0) return;
+    if constexpr (kLayout == Layout::strided) {
+      if (pass.n >> 32 == 0) {
+        offsets.set(pass, b, static_cast<uint32_t>(e));
+      } else {
+        offsets.set(pass, b, e);
+      }
+    }
     fetch_one(pass, kX, x);
     fetch_one(pass, kM, m);
     fetch_one(pass, kMUncond, u);

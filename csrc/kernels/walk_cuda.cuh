@@ -31,13 +31,16 @@ struct Quads {
   }
 };
 
-// The C-order index of element e of a walk.
-template <typename Acc>
-__device__ __forceinline__ int64_t index_of(const StridedPass<Acc>& pass, int64_t e, int first, int last) {
+// The C-order index of element e of the dimensions first .. last of a walk; the slowest takes what is left without a
+// division, of which one takes as long as half a Philox call.
+template <typename Integer, typename Acc>
+__device__ __forceinline__ int64_t index_of(const StridedPass<Acc>& pass, Integer e, int first, int last) {
   int64_t index = 0;
   for (int d = last; d >= first; --d) {
-    index += e % pass.sizes[d] * pass.strides[kIndex][d];
-    e /= pass.sizes[d];
+    const auto size = static_cast<Integer>(pass.sizes[d]);
+    const Integer rest = d > first ? e / size : 0;
+    index += static_cast<int64_t>(e - rest * size) * pass.strides[kIndex][d];
+    e = rest;
   }
   return index;
 }
@@ -109,8 +112,9 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
   constexpr int kVectors = kTile / kThreads / V::kVec;
   __shared__ __align__(16) float tile[kTile];
   const int64_t b = sample_of_thread();
-  const int64_t along = pass.sizes[pass.quad], tiles = (along + pass.pixels - 1) / pass.pixels;
-  const int64_t outer = blockIdx.x / tiles, pixel = blockIdx.x % tiles * pass.pixels;
+  const int64_t along = pass.sizes[pass.quad];
+  const uint32_t outer = blockIdx.x / pass.tiles;
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x - outer * pass.tiles) * pass.pixels;
   const int64_t begin = (outer * along + pixel) * pass.run;
   const int pixels = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels);
   const int size = pixels * pass.run;
@@ -125,11 +129,12 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   const int64_t first = index_of(pass, outer, 0, pass.quad - 1) + pixel;
-  for (int j = threadIdx.x; j < size / 4; j += kThreads) {
-    const int four = j / pass.run, c = j % pass.run;
+  const auto run = static_cast<uint32_t>(pass.run);
+  for (uint32_t j = threadIdx.x; j < static_cast<uint32_t>(size) / 4; j += kThreads) {
+    const uint32_t four = j / run, c = j - four * run;
     const Floats4 z = quads(first + 4 * four + index_of(pass, c, pass.quad + 1, pass.ndim - 1));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * pass.run + c)] = z.v[i];
+    for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * run + c)] = z.v[i];
   }
   __syncthreads();
 #pragma unroll(V::Facts::kKnown ? kVectors : 1)
