@@ -111,7 +111,7 @@ struct Known {
                                  : kTypes == Types::mixed ? 2
                                                           : 1;
   // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling.
-  static constexpr int kBlocks = !kDraw ? 1 : kInputsGiven + kOuts > 3 ? 3 : 4;
+  static constexpr int kBlocks = !kDraw ? 1 : kInputsGiven + kOuts + ((kTerms & kPredicted) != 0) > 3 ? 3 : 4;
 
   template <typename Pass>
   static __device__ constexpr bool has(const Pass&, int k) {

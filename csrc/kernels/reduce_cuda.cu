@@ -8,8 +8,6 @@
 namespace genkern {
 namespace {
 
-constexpr int kReduceChunks = 8;  // a block sums so many, at most, before its threads meet
-
 // The sum over the threads of a sample's row of the block, in a fixed tree; blockDim.x is a power of two.
 template <typename Acc>
 __device__ __forceinline__ void sum_along_x(Acc (*sums)[2]) {
@@ -101,7 +99,10 @@ struct Reduce {
   void launch() const {
     using Acc = typename V::Acc;
     typename V::Pass pass{};
-    const Launch laid = lay<V>(args.map, walk, kReduceChunks, pass);
+    // One block adds up what a sample's blocks have found: not too many of them.
+    const int64_t long_sample = walk.n / (1024 * kThreads * V::kVec);
+    const int most = std::max(most_chunks(args.map, V::kVec), static_cast<int>(long_sample));
+    const Launch laid = lay<V>(args.map, walk, most, pass);
     auto* partials = static_cast<double*>(args.workspace);
     if (walk.n > 0) reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, partials);
     finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(

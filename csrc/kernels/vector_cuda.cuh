@@ -90,7 +90,7 @@ struct Vector {
   static constexpr Layout kLayout = kLayout_;
   using Pass = std::conditional_t<kLayout == Layout::linear, genkern::Pass<Acc>, StridedPass<Acc>>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
-  static constexpr int kBlocks = kLayout == Layout::linear ? Facts::kBlocks : 1;
+  static constexpr int kBlocks = Facts::kBlocks;
   // Vectors of 8 are of halves only.
   static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
 

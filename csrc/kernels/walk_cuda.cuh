@@ -25,8 +25,9 @@ struct Quads {
     }
   }
 
-  __device__ __forceinline__ Floats4 operator()(int64_t index) const {
-    const Words4 words = philox4x32_10(static_cast<uint32_t>(index / 4), draw, low, high, keys);
+  // The numbers of indices 4 quad to 4 quad + 3; a sample has at most 2^34 elements.
+  __device__ __forceinline__ Floats4 operator()(uint32_t quad) const {
+    const Words4 words = philox4x32_10(quad, draw, low, high, keys);
     return normal ? normal4(words) : uniform4(words);
   }
 };
@@ -79,13 +80,13 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared
       consume(vector, cells, [&](Acc* values) {
         if constexpr (V::kLayout == Layout::strided) {
           const int64_t index = index_of(pass, vector.e, 0, pass.ndim - 1);
-          const Floats4 four = quads(index);
+          const Floats4 four = quads(static_cast<uint32_t>(index / 4));
           const int lane = static_cast<int>(index & 3);
           values[0] = lane == 0 ? four.v[0] : lane == 1 ? four.v[1] : lane == 2 ? four.v[2] : four.v[3];
         } else {
 #pragma unroll
           for (int q = 0; q < V::kVec / 4; ++q) {
-            const Floats4 four = quads(vector.e + 4 * q);
+            const Floats4 four = quads(static_cast<uint32_t>(vector.e / 4) + q);
 #pragma unroll
             for (int i = 0; i < 4; ++i) values[4 * q + i] = four.v[i];
           }
@@ -128,11 +129,16 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
   share<true>(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
-  const int64_t first = index_of(pass, outer, 0, pass.quad - 1) + pixel;
+  const auto first = static_cast<uint32_t>((index_of(pass, outer, 0, pass.quad - 1) + pixel) / 4);
   const auto run = static_cast<uint32_t>(pass.run);
+  // Beside the quad's own, strides of the index are multiples of 4.
+  const bool one_faster = pass.quad + 2 == pass.ndim;
+  const auto stride = static_cast<uint32_t>(pass.strides[kIndex][pass.ndim - 1] / 4);
   for (uint32_t j = threadIdx.x; j < static_cast<uint32_t>(size) / 4; j += kThreads) {
     const uint32_t four = j / run, c = j - four * run;
-    const Floats4 z = quads(first + 4 * four + index_of(pass, c, pass.quad + 1, pass.ndim - 1));
+    const uint32_t across =
+        one_faster ? c * stride : static_cast<uint32_t>(index_of(pass, c, pass.quad + 1, pass.ndim - 1) / 4);
+    const Floats4 z = quads(first + four + across);
 #pragma unroll
     for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * run + c)] = z.v[i];
   }
@@ -144,7 +150,10 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
     if (vector.count == 0) continue;
     consume(vector, cells, [&](Acc* values) {
 #pragma unroll
-      for (int i = 0; i < V::kVec; ++i) values[i] = tile[in_banks(offset(k) + i)];
+      for (int i = 0; i < V::kVec; i += 4) {
+        const float4 z = *reinterpret_cast<const float4*>(tile + in_banks(offset(k) + i));
+        values[i] = z.x, values[i + 1] = z.y, values[i + 2] = z.z, values[i + 3] = z.w;
+      }
     });
   }
 }
