@@ -47,6 +47,8 @@ class Batch:
     Everything that the caller gave is checked before a seed is drawn, at the first use of a random number.
     """
 
+    purpose = Purpose.TRAINING  # of the data's noise
+
     def __init__(self, model: Any, x: Tensor, options: Mapping[str, Any]) -> None:
         unknown = options.keys() - LossOptions.__annotations__.keys()
         if unknown:
@@ -93,7 +95,7 @@ class Batch:
     @property
     def z(self) -> Noise | Tensor:
         """The noise of the data: given, or named."""
-        return self._noise if isinstance(self._noise, Tensor) else self.source.at(Purpose.TRAINING)
+        return self._noise if isinstance(self._noise, Tensor) else self.source.at(self.purpose)
 
     def uniform(self, sampler: TimeSampler | None = None) -> Tensor:
         """One number in (0, 1) a sample, [B], as the sampler of times has it; default each by itself."""

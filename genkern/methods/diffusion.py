@@ -27,6 +27,7 @@ from ._diffusion_samplers import sampler_named
 from ._training import Batch
 from .times import LossSecondMoment
 from .times import named as times_named
+from .variational import Variational
 from .weightings import named as weighting_named
 from .weightings import on_residual
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ._training import LossOptions
 
 
-class Diffusion:
+class Diffusion(Variational):
     """A variance-preserving diffusion. The network is called as model(x_t, t, **cond), t int64 [B] (float32 [B] on a
     continuous path).
 
@@ -98,12 +99,6 @@ class Diffusion:
     def alphas_cumprod(self) -> np.ndarray:
         """The seed's alpha_1 .. alpha_T, [T] float64. AttributeError on a continuous path."""
         return self._table.alphas_cumprod
-
-    @property
-    def _table(self) -> paths.DiscreteVP:
-        if not isinstance(self.path, paths.DiscreteVP):
-            raise AttributeError("a diffusion of continuous time has no timesteps")
-        return self.path
 
     def posterior_variance(self, t: Any) -> Any:
         """The seed's sigma_t^2 of the DDPM at t = 0 .. T-1, after (13.13); 0 at t = 0."""

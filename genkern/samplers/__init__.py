@@ -10,6 +10,7 @@ from .euler import Euler
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
+from .nonmarkovian import NonMarkovian
 from .parameterization import OnPath, Parameterization, Preconditioned
 from .table import Sampler, Stage
 from .unipc import UniPC
@@ -24,6 +25,7 @@ __all__ = [
     "EulerAncestral",
     "Heun",
     "Multistep",
+    "NonMarkovian",
     "OnPath",
     "Options",
     "Parameterization",
