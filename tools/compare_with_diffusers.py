@@ -20,11 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import diffusers_oracle as oracle  # noqa: E402
-from analytic import PathNetwork, mixture  # noqa: E402
+from analytic import PathNetwork, gaussian, mixture  # noqa: E402
+from test_brownian import run as brownian_run  # noqa: E402
 from test_solvers import VP, even_grid  # noqa: E402
 
 import genkern as gk  # noqa: E402
-from genkern.samplers import DPMSolver, EulerAncestral, OnPath, UniPC, loop  # noqa: E402
+from genkern.samplers import DPMSolver, DPMSolverSDE, EDMHeun, EulerAncestral, OnPath, UniPC, loop  # noqa: E402
 
 PATH = ROOT / "docs" / "samplers.md"
 ORDERS: list[tuple[str, Any]] = [
@@ -32,9 +33,15 @@ ORDERS: list[tuple[str, Any]] = [
     ("`dpmpp_1`", DPMSolver(1, lower_order_final=False)),
     ("`dpmpp_2m`", DPMSolver(2, lower_order_final=False)),
     ("`dpmpp_3m`", DPMSolver(3, lower_order_final=False)),
+    ("`heun`", EDMHeun()),
     ("`DPMSolver(3, as_published=True)`", DPMSolver(3, lower_order_final=False, as_published=True)),
     ("`UniPC(1)`", UniPC(1, lower_order_final=False)),
     ("`unipc`", UniPC(2, lower_order_final=False)),
+]
+STRONG: list[tuple[str, Any]] = [
+    ("`euler_ancestral`, `ddpm`", EulerAncestral(1.0)),
+    ("`dpmpp_1_sde`", DPMSolverSDE(1, lower_order_final=False)),
+    ("`dpmpp_2m_sde`", DPMSolverSDE(2, lower_order_final=False)),
 ]
 TEXT = """# Samplers of Diffusion
 
@@ -44,18 +51,22 @@ TEXT = """# Samplers of Diffusion
 | name | object | what it is |
 |---|---|---|
 | `ddim` | `DDIM(eta)` | (13.13) with any eta, 0 by default |
-| `ddpm` | `DDPM()` | (13.13) with eta = 1 |
+| `ddpm` | `DDPM(variance)` | (13.13) with eta = 1; or with the chain's variance, "fixed_large" |
+| | `NonMarkovian(posterior_std)` | (13.13) with any sigma, a number a step |
 | `euler` | `EulerAncestral(0)` | Euler's method on sigma / alpha |
 | `euler_ancestral` | `EulerAncestral(eta)` | the same with the posterior's noise, eta = 1 by default |
+| `heun` | `EDMHeun(s_churn, s_min, s_max, s_noise)` | Heun's method on sigma / alpha, with churn: EDM's algorithm 2 |
 | `dpmpp_1`, `dpmpp_2m`, `dpmpp_3m` | `DPMSolver(order)` | DPM-Solver++ for the ODE, multistep |
 | `dpmpp_1_sde`, `dpmpp_2m_sde` | `DPMSolverSDE(order)` | DPM-Solver++ for the SDE |
 | `unipc` | `UniPC(order)` | UniPC, bh2, order 2 |
 | `Diffusion.encode` | `DDIMInversion()` | DDIM from the data to the noise |
 
-Every step is one network call and one fused pass, which also writes what later steps need. A pass has at most three
-outputs: where state, network input (of another dtype, or doubled for guidance) and kept predictions are more, a second
-pass copies the input from the state. `lower_order_final` (on by default) ends a run of fewer than 15 steps with lower
-orders, as diffusers does; the step to clean data has order 1.
+Every step is one network call and one fused pass (`heun`: two of each), which also writes what later steps need. A
+pass has at most three outputs: where state, network input (of another dtype, or doubled for guidance) and kept
+predictions are more, a second pass copies the input from the state. `lower_order_final` (on by default) ends a run of
+fewer than 15 steps with lower orders, as diffusers does; the step to clean data has order 1.
+
+`step_noise=gk.BrownianNoise(seed)` drives the stochastic ones along one Brownian path, whatever the steps.
 
 Times: `spacing="trailing"`, `"leading"`, `"linspace"`; or a grid of noise levels, `"karras"`, `"exponential"`,
 `"polyexponential"`, `"beta"`; or given `timesteps=` or `sigmas=` (for instance `grids.karras(20, 0.03, 15.0)[::-1]`). A
@@ -77,6 +88,13 @@ def order(sampler: Any) -> list[float]:
         stages = sampler.stages(network, even_grid(VP, 1.0, 0.02, n, start=2.0 * n**-1.5))
         ends.append(loop.run(data, stages, None, start=z, dtype=torch.float64))
     return [float((one - other).norm()) for one, other in ((ends[0], ends[1]), (ends[1], ends[2]))]
+
+
+def strong_order(sampler: Any) -> list[float]:
+    """Root mean square distances of runs with 64 and 128, and 128 and 256 steps, along one Brownian path."""
+    network = PathNetwork(gaussian(0.3, 0.5), VP, "sample")
+    ends = [brownian_run(sampler, network, n, gk.BrownianNoise(7)) for n in (64, 128, 256)]
+    return [float((one - other).square().mean().sqrt()) for one, other in ((ends[0], ends[1]), (ends[1], ends[2]))]
 
 
 def round_trip(steps: int) -> float:
@@ -105,7 +123,13 @@ def main() -> None:
         "\nThe published 3M weighs its second difference half as much as the quadratic through the three predictions"
     )
     lines.append("asks for, and so has order 2; `dpmpp_3m` has the full weight.\n")
-    lines.append(f"## Agreement with diffusers {diffusers.__version__}\n")
+    lines.append("Stochastic samplers on Gaussian data, every run along one Brownian path (`BrownianNoise`):")
+    lines.append("root mean square distances of the ends of runs with n and 2n steps, the strong order.\n")
+    lines.append("| sampler | 64 to 128 | 128 to 256 | order |\n|---|---|---|---|")
+    for name, sampler in STRONG:
+        coarse, fine = strong_order(sampler)
+        lines.append(f"| {name} | {coarse:.2e} | {fine:.2e} | {math.log2(coarse / fine):.2f} |")
+    lines.append(f"\n## Agreement with diffusers {diffusers.__version__}\n")
     lines.append(
         "The largest difference of the end states over their largest element, the same network outputs, start and"
     )

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import check
-from ..samplers import DDIM, DDPM, DPMSolver, DPMSolverSDE, EulerAncestral, UniPC
+from ..samplers import DDIM, DDPM, DPMSolver, DPMSolverSDE, EDMHeun, EulerAncestral, UniPC
 from .flow import given_sampler
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "euler": lambda: EulerAncestral(0.0),
+    "heun": lambda: EDMHeun(),
     "dpmpp_1": lambda: DPMSolver(1),
     "dpmpp_2m": lambda: DPMSolver(2),
     "dpmpp_3m": lambda: DPMSolver(3),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import check, paths
+from ..brownian import BrownianNoise
 from ..samplers import DDIMInversion, OnPath, loop
 from ..samplers.table import Sampler
 from ._diffusion_loss import added, residual_loss
@@ -187,10 +188,11 @@ class Diffusion(Variational):
         Args:
             model: called as model(x, t, **cond).
             shape: [B, ...] of the result.
-            steps: network calls, default 50 (or T where that is less); 1 .. T with a spacing of timesteps.
-            sampler: "ddim", "ddpm" (eta = 1), "euler", "euler_ancestral", "dpmpp_1", "dpmpp_2m", "dpmpp_3m"
-                (DPM-Solver++), "dpmpp_1_sde", "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own
-                (samplers.DPMSolver and others).
+            steps: of one network call each ("heun": two, but the last), default 50 (or T where that is less); 1 .. T
+                with a spacing of timesteps.
+            sampler: "ddim", "ddpm" (eta = 1), "euler", "euler_ancestral", "heun" (for grids of noise levels),
+                "dpmpp_1", "dpmpp_2m", "dpmpp_3m" (DPM-Solver++), "dpmpp_1_sde", "dpmpp_2m_sde", "unipc"; or a Sampler,
+                which has options of its own (samplers.DPMSolver and others).
             eta: of "ddim" (default 0) and "euler_ancestral" (default 1), >= 0.
             spacing: of timesteps "trailing" (the default), "leading" or "linspace" (grids.timesteps; on a continuous
                 path "uniform", its default); or of the schedule's noise levels sigma / alpha, from the highest to the
@@ -247,5 +249,18 @@ class Diffusion(Variational):
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
         stages = sampler.stages(OnPath(self.path, self.prediction, round_times), grid)
+        if isinstance(options.get("step_noise"), BrownianNoise):
+            options["step_noise"] = self._along(options["step_noise"], grid, shape, options)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
+
+    def _along(self, brownian: BrownianNoise, grid: np.ndarray, shape: Any, options: dict[str, Any]) -> Any:
+        """The noise of the grid's steps, by the signal-to-noise ratio."""
+        start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
+        size = shape if start is None else start.shape
+        if size is None:
+            return None  # which the loop refuses
+        with np.errstate(divide="ignore"):
+            clock = self.path.snr(grid).tolist()
+        device = options.get("device") or (start.device if start is not None else None)
+        return brownian.steps(clock, size, device=device, dtype=options.get("dtype", torch.float32))

@@ -6,6 +6,7 @@ from .ddim import DDIM
 from .ddpm import DDPM
 from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
+from .edm_heun import EDMHeun
 from .euler import Euler
 from .heun import Heun
 from .inversion import DDIMInversion
@@ -21,6 +22,7 @@ __all__ = [
     "DDPM",
     "DPMSolver",
     "DPMSolverSDE",
+    "EDMHeun",
     "Euler",
     "EulerAncestral",
     "Heun",
