@@ -58,7 +58,7 @@ def test_a_weighting_is_the_weight_of_the_error_of_the_data_whatever_is_predicte
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_min_snr_has_the_published_weights(prediction):
-    """min(S, g) / S for the noise, min(S, g) / (S + 1) for v, min(S, g) for the data: arXiv:2303.09556, section 3.4."""
+    """min(S, g) / S for the noise, min(S, g) / (S + 1) for v, min(S, g) for the data: arXiv:2303.09556."""
     diffusion = gk.Diffusion()
     alpha, sigma = (torch.tensor(f(np.arange(1000)), dtype=F64) for f in (diffusion.path.alpha, diffusion.path.sigma))
     s = (alpha / sigma) ** 2

@@ -151,6 +151,25 @@ def test_it_stays_on_the_path_and_leaves_its_ends_by_single_steps():
     assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("path", [paths.CondOT(0.1), paths.VE(), paths.LinearVP(), gk.Diffusion().path])
+def test_the_time_of_a_noise_level_is_found_again(path):
+    for level in (0.2, 1.0, 7.0):
+        assert path.noise_level(path.time_at(level)) == pytest.approx(level, rel=1e-9)
+
+
+def test_a_flow_is_sampled_with_churn_to_the_moments_of_the_mixture():
+    flow, data, n = gk.RectifiedFlow(), mixture(), 20_000
+    network = PathNetwork(data, flow.path, "velocity")
+    levels = gk.grids.karras(30, 0.01, 30.0)[::-1]
+    times = [*flow.path.time_at(levels), 1.0]
+    start = float(flow.path.sigma(times[0])) * torch.randn(n, 2, dtype=F64)  # the data's part, 3%, is left out
+    x = flow.sample(network, x0=start, times=times, sampler=EDMHeun(s_churn=10.0), seed=0, dtype=F64)
+    mean = (data.weights[:, None] * data.means).sum(0)
+    assert (x.mean(0) - mean).abs().max() < 0.08
+    plain = flow.sample(network, x0=start, times=times, sampler=EDMHeun(), seed=0, dtype=F64)
+    assert (x - plain).abs().mean() > 0.1
+
+
 def test_network_calls_and_batches():
     calls = []
     diffusion = gk.Diffusion()

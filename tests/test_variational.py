@@ -180,6 +180,18 @@ def test_drawn_noise_depends_neither_on_the_batches_of_the_network_nor_on_those_
     torch.testing.assert_close(torch.cat(parts), whole.total[[0, 3, 4, 1, 2]])
 
 
+def test_generator_and_torch_govern_the_noise():
+    diffusion = gk.Diffusion("squared_cosine", 4)
+    model, x = Posterior(diffusion), torch.randn(3, 2, dtype=F64)
+    drawn = [diffusion.vlb(model, x, generator=torch.Generator().manual_seed(5)).total for _ in range(2)]
+    assert torch.equal(*drawn)
+    torch.manual_seed(3)
+    first, second = (diffusion.vlb(model, x).total for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(diffusion.vlb(model, x).total, first)
+    assert not torch.equal(first, second)
+
+
 def test_mean_over_drawn_noise_is_the_exact_objective():
     diffusion = gk.Diffusion("squared_cosine", 8)
     x = STD * torch.randn(4000, 1, dtype=F64, generator=torch.Generator().manual_seed(5))

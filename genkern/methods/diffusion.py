@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import check, paths
 from ..brownian import BrownianNoise
-from ..samplers import DDIMInversion, OnPath, loop
+from ..samplers import DDIMInversion, OnPath, loop, network
 from ..samplers.table import Sampler
 from ._diffusion_loss import added, residual_loss
 from ._diffusion_path import PREDICTIONS, grid_of, path_of
@@ -250,11 +250,11 @@ class Diffusion(Variational):
         round_times = self.discrete and round_times
         stages = sampler.stages(OnPath(self.path, self.prediction, round_times), grid)
         if isinstance(options.get("step_noise"), BrownianNoise):
-            options["step_noise"] = self._along(options["step_noise"], grid, shape, options)
+            options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
 
-    def _along(self, brownian: BrownianNoise, grid: np.ndarray, shape: Any, options: dict[str, Any]) -> Any:
+    def _along(self, brownian: BrownianNoise, model: Any, grid: np.ndarray, shape: Any, options: dict[str, Any]) -> Any:
         """The noise of the grid's steps, by the signal-to-noise ratio."""
         start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
         size = shape if start is None else start.shape
@@ -262,5 +262,5 @@ class Diffusion(Variational):
             return None  # which the loop refuses
         with np.errstate(divide="ignore"):
             clock = self.path.snr(grid).tolist()
-        device = options.get("device") or (start.device if start is not None else None)
+        device = options.get("device") or (network.device_of(model) if start is None else start.device)
         return brownian.steps(clock, size, device=device, dtype=options.get("dtype", torch.float32))

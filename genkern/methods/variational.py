@@ -287,8 +287,8 @@ class Variational:
                 noise: Any = batch.source.of_samples(ids.repeat(count) * timesteps + t)
             else:
                 noise = given[low : low + count].flatten(0, 1) if each else _repeated(given, count)
-            of_part = options | {"cond": _spread(batch.cond, count), "reduction": "none"}
-            part = Batch(model, _repeated(x, count), of_part | {"noise": noise})
+            of_part = {"noise": noise, "cond": _spread(batch.cond, count), "reduction": "none"}
+            part = Batch(model, _repeated(x, count), of_part | {"model_dtype": batch.model_dtype})
             part.purpose = Purpose.PROBES
 
             def squares(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:

@@ -10,7 +10,7 @@ then w / k, k = (c_y - c_e alpha / sigma)^2, which with S = SNR = alpha^2 / sigm
 
     uniform         w = k: 1 on the prediction's residual
     snr             w = S: 1 on the residual of the noise, (13.5) with gamma = 1, whatever is predicted
-    min_snr         w = min(S, gamma), gamma = 5              Hang et al., arXiv:2303.09556, section 3.4
+    min_snr         w = min(S, gamma), gamma = 5              Hang et al., arXiv:2303.09556
     soft_min_snr    w = S gamma / (S + gamma), gamma = 4      Crowson et al., arXiv:2401.11605
 
 Nothing here is 0/0 where alpha or sigma is 0.

@@ -90,7 +90,7 @@ class EDMHeun:
         s = min((1.0 + gamma) * level.s, _highest(path))
         if s <= level.s:
             return level, Out(x=1.0)
-        t = float(path.time_at(s)) if not isinstance(path, VE) else s
+        t = float(path.time_at(s))
         found = Level(t, path.alpha(t), path.sigma(t))
         return found, Out(x=found.alpha / level.alpha, z=found.alpha * self.s_noise * math.sqrt(s * s - level.s**2))
 
@@ -116,6 +116,8 @@ def _then(out: Out, churn: Out) -> Out:
 
 
 def _highest(path: Path) -> float:
-    """The highest noise level of a path that is finite."""
-    stop = path.finite - 1 if isinstance(path, DiscreteVP) else path.stop
-    return float(path.noise_level(stop)) if math.isfinite(stop) else math.inf
+    """The highest noise level of a path, of a table the highest that is finite."""
+    if isinstance(path, DiscreteVP):
+        return float(path.noise_level(path.finite - 1))
+    ends = [Level(t, path.alpha(t), path.sigma(t)).s for t in (path.start, path.stop) if math.isfinite(t)]
+    return max(ends) if math.isfinite(path.stop) else math.inf
