@@ -19,6 +19,7 @@ SHAPE = (6, 3, 4)
 def losses() -> dict[str, Callable[..., Tensor]]:
     """loss() of every method, under one signature; methods that have kept no table yet."""
     consistency, diffusion = gk.Consistency(), gk.Diffusion(prediction="v")
+    learned = gk.Diffusion(variance="learned_range")
     gamma = [t / 1000.0 for t in range(1000)]
     return {
         "diffusion": gk.Diffusion().loss,
@@ -26,6 +27,7 @@ def losses() -> dict[str, Callable[..., Tensor]]:
             model, x, weighting="min_snr", offset_noise=x[:, :1], times=None if "t" in o else "stratified", **o
         ),
         "antithetic": lambda model, x, **o: diffusion.loss(model, x, weighting=gamma, times="antithetic", **o),
+        "learned": lambda model, x, **o: learned.loss(lambda x, t: torch.cat([model(x, t)] * 2, dim=1), x, **o),
         "continuous": gk.Diffusion("continuous_vp").loss,
         "flow": gk.FlowMatching(sigma_min=0.1).loss,
         "rectified": gk.RectifiedFlow().loss,

@@ -137,7 +137,8 @@ class Batch:
 
     def loss(
         self, m: Tensor, x: Tensor | None, times: Tensor, *, factor: Tensor | None = None,
-        importance: Tensor | None = None, record: Callable[[Tensor, Tensor], object] | None = None, **target: Any,
+        importance: Tensor | None = None, record: Callable[[Tensor, Tensor], object] | None = None,
+        added: Tensor | None = None, **target: Any,
     ) -> Tensor:  # fmt: skip
         """ops.path_loss under the caller's options.
 
@@ -145,6 +146,7 @@ class Batch:
             factor: of the samples' losses, beside the caller's weight.  [B].
             importance: weights of how the times were drawn.  [B].
             record: given the times and the losses without those weights.
+            added: to the samples' weighted losses.  [B].
         """
         options = self._options
         weight, reduction = options.get("weight"), options.get("reduction", "mean")
@@ -156,13 +158,16 @@ class Batch:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
         found = ops.path_loss(
             m, x, **target, weight=weight, mask=options.get("mask"),
-            kind=options.get("kind", "l2"), reduction=reduction if importance is None else "none",
+            kind=options.get("kind", "l2"), reduction=reduction if importance is None and added is None else "none",
         )  # fmt: skip
-        if importance is None:
+        if importance is None and added is None:
             return found
+        if added is not None:
+            found = found + added
         if record is not None:
             record(times, found.detach())
-        found = found * importance
+        if importance is not None:
+            found = found * importance
         if reduction == "none":
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()

@@ -21,10 +21,12 @@ from torch import Tensor
 from .. import check, paths
 from ..brownian import BrownianNoise
 from ..samplers import DDIMInversion, OnPath, loop, network
+from ..samplers.ddpm import VARIANCES
 from ..samplers.table import Sampler
 from ._diffusion_loss import added, residual_loss
 from ._diffusion_path import PREDICTIONS, grid_of, path_of
 from ._diffusion_samplers import sampler_named
+from ._learned_variance import Halved, Range, sampling
 from ._training import Batch
 from .times import LossSecondMoment
 from .times import named as times_named
@@ -58,6 +60,10 @@ class Diffusion(Variational):
             side d_0 (paths.shift_noise_level).
         rescale_zero_snr: rescale a discrete schedule so that it ends without signal (paths.rescale_zero_snr; after the
             shift); with the predictions "v" and "sample" alone, as the others say nothing there.
+        variance: of the sampler "ddpm": "fixed_small" (the posterior's), "fixed_large" (the chain's), or
+            "learned_range": the network's output has twice the channels, [B, 2C, ...], of which the second half says
+            where between the two, in the logarithm (-1 and 1), elementwise. loss() then adds the variational objective
+            of that half; discrete time alone.
 
     Raises:
         ValueError: a schedule that is not decreasing or leaves [0, 1), an unknown prediction, timesteps < 1, options
@@ -79,12 +85,18 @@ class Diffusion(Variational):
         final_alphas_cumprod: float = 1.0,
         shift: float = 1.0,
         rescale_zero_snr: bool = False,
+        variance: str = "fixed_small",
     ) -> None:
         self.prediction = check.choice("prediction", prediction, PREDICTIONS)
         self.path = path_of(
             schedule, timesteps, prediction, beta_start, beta_end, betas, alphas_cumprod, final_alphas_cumprod, shift,
             rescale_zero_snr,
         )  # fmt: skip
+        self.variance, self._range = check.choice("variance", variance, (*VARIANCES, "learned_range")), None
+        if variance == "learned_range":
+            if not isinstance(self.path, paths.DiscreteVP):
+                raise ValueError("variance: expected a fixed one in continuous time, got 'learned_range'")
+            self._range = Range(self.path, prediction)
 
     @property
     def discrete(self) -> bool:
@@ -133,7 +145,7 @@ class Diffusion(Variational):
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
 
-        Source: (13.5); arXiv:2303.09556 (min_snr); arXiv:2102.09672 (importance sampling of t).
+        Source: (13.5); arXiv:2303.09556 (min_snr); arXiv:2102.09672 (importance sampling of t, learned variance).
         """
         discrete = self.discrete
         if t is not None and times is not None:
@@ -142,7 +154,10 @@ class Diffusion(Variational):
         if isinstance(chosen, LossSecondMoment) and chosen.timesteps != (self.timesteps if discrete else None):
             wanted = f"LossSecondMoment({self.timesteps})" if discrete else "another in continuous time"
             raise ValueError(f"times: expected {wanted}, got LossSecondMoment({chosen.timesteps})")
-        batch, importance = Batch(model, x, options), None
+        halved = None if self._range is None else Halved(model)
+        if halved is not None and options.get("model_dtype") is None and isinstance(x, Tensor):
+            options["model_dtype"] = network.dtype_of(model, x.dtype)
+        batch, importance = Batch(model if halved is None else halved, x, options), None
         offset = added(batch, "offset_noise", offset_noise)
         perturbation = added(batch, "input_perturbation", input_perturbation)
         if t is not None and discrete:
@@ -163,7 +178,12 @@ class Diffusion(Variational):
         record = chosen.update if importance is not None and chosen.recording else None
 
         def found(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:
-            return batch.loss(m, data, at, factor=factor, importance=importance, record=record, **target)
+            added_loss = None
+            if self._range is not None and halved is not None:
+                added_loss = self._range.hybrid(halved, data, at, options.get("mask"))
+            return batch.loss(
+                m, data, at, factor=factor, importance=importance, record=record, added=added_loss, **target
+            )
 
         return residual_loss(batch, self.prediction, t, alpha, sigma, offset, perturbation, found)
 
@@ -213,7 +233,7 @@ class Diffusion(Variational):
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
         """
         grid = grid_of(self.path, steps, spacing, timesteps, sigmas)
-        chosen = sampler_named(sampler, eta, final_sigma)
+        chosen = sampler_named(sampler, eta, final_sigma, self.variance)
         return self._run(model, chosen, grid, shape, round_times, clip=clip, **loop.known(options))
 
     def encode(
@@ -251,6 +271,8 @@ class Diffusion(Variational):
         stages = sampler.stages(OnPath(self.path, self.prediction, round_times), grid)
         if isinstance(options.get("step_noise"), BrownianNoise):
             options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
+        if self._range is not None:
+            model, stages, options = sampling(model, sampler, stages, self._table, grid, shape, options)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
 

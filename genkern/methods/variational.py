@@ -31,8 +31,10 @@ from ..fused import apply_row, reduce_row
 from ..noise import Noise, Purpose
 from ..paths.schedules import numbers
 from ..rows import ROUNDING, Out, Row
+from ..samplers import network
 from ..samplers.nonmarkovian import backward, ddpm_std, forward
 from ._diffusion_loss import residual_loss
+from ._learned_variance import Halved, Range
 from ._training import Batch
 from .weightings import gamma_of, over_k
 
@@ -74,6 +76,7 @@ class Variational:
 
     path: paths.DiscreteVP | paths.ContinuousVP
     prediction: str
+    _range: Range | None  # of a learned variance
 
     @property
     def _table(self) -> paths.DiscreteVP:
@@ -166,7 +169,8 @@ class Variational:
         Args:
             model: called as model(x_t, t, **cond), T times in all for every sample.
             x: data.  [B, ...], floating.
-            posterior_std, eta, sigma_1: sigma (Variational), > 0.
+            posterior_std, eta, sigma_1: sigma (Variational), > 0; not with a learned variance, which is that of p
+                beside the DDPM's q.
             noise: a Noise; or the noise itself, [T, B, ...], or [B, ...] for every timestep.
             generator: a torch.Generator that a seed is drawn from.
             cond: keyword arguments of the model; tensors have the batch as dimension 0.
@@ -183,17 +187,20 @@ class Variational:
 
         Source: (13.2), (13.11), (13.12); Ho, Jain, Abbeel, arXiv:2006.11239, eq. (5).
         """
+        if self._range is not None and (posterior_std is not None or eta != 1.0 or sigma_1 is not None):
+            raise ValueError("posterior_std, eta, sigma_1: expected None, 1 and None with a learned variance")
         data_weights, std = self._data_weights(posterior_std, eta, sigma_1)
         options = {"noise": noise, "generator": generator, "cond": cond, "model_dtype": model_dtype}
         alpha, sigma, _, _ = self._scales()
         with contextlib.nullcontext() if differentiable else torch.no_grad():
             weights = data_weights * over_k(alpha, sigma, self.prediction)
-            steps = self._squares(model, x, weights, options, batch_size)
+            steps = self._squares(model, x, weights, options, batch_size, self._range)
             _, sums = reduce_row(Row((Out(x=1.0),)), x=x)
             n, kept = math.prod(x.shape[1:]), float(alpha[-1]) ** 2
             prior = 0.5 * (kept * sums[:, 0] - n * (kept + math.log1p(-kept)))
             constant = torch.zeros_like(steps[:1])
-            constant[:, 0] = 0.5 * n * math.log(2.0 * math.pi * float(std[0]) ** 2)
+            if self._range is None:
+                constant[:, 0] = 0.5 * n * math.log(2.0 * math.pi * float(std[0]) ** 2)
         return VariationalBound(prior, steps + constant, n)
 
     def l_gamma(
@@ -265,13 +272,20 @@ class Variational:
         return apply_row(Row((Out(x=c[0], h=(c[1],), z=c[2]),)), x=state, h=(x,), noise=noise)[0]
 
     def _squares(
-        self, model: Any, x: Tensor, weights: np.ndarray, options: dict[str, Any], batch_size: int | None
-    ) -> Tensor:
-        """weights_t times the sum of the squared residual of the prediction at t, [B, T]."""
+        self, model: Any, x: Tensor, weights: np.ndarray, options: dict[str, Any], batch_size: int | None,
+        learned: Range | None = None,
+    ) -> Tensor:  # fmt: skip
+        """weights_t times the sum of the squared residual of the prediction at t, or a learned variance's terms.
+        [B, T]."""
         given, timesteps = options["noise"], self._table.timesteps
         each = isinstance(given, Tensor) and given.ndim == x.ndim + 1
         if each and given.shape != (timesteps, *x.shape):
             raise ValueError(f"noise: expected shape {(timesteps, *x.shape)} or x's, got {tuple(given.shape)}")
+        halved = None if self._range is None else Halved(model)
+        if halved is not None:
+            if options["model_dtype"] is None:
+                options = options | {"model_dtype": network.dtype_of(model, x.dtype)}
+            model = halved
         # A first batch checks what was given, and settles the seed.
         batch = Batch(model, x, options | {"noise": given[0] if each else given})
         size, n = batch.size, math.prod(x.shape[1:])
@@ -292,6 +306,8 @@ class Variational:
             part.purpose = Purpose.PROBES
 
             def squares(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:
+                if learned is not None and halved is not None:
+                    return learned.terms(halved, data, at).flatten(1).sum(dim=1)
                 return part.loss(m, data, at, factor=of.index_select(0, at), **target)  # noqa: B023
 
             alpha, sigma = scales.index_select(1, t)
