@@ -67,6 +67,7 @@ predictions are more, a second pass copies the input from the state. `lower_orde
 fewer than 15 steps with lower orders, as diffusers does; the step to clean data has order 1.
 
 `step_noise=gk.BrownianNoise(seed)` drives the stochastic ones along one Brownian path, whatever the steps.
+What the samplers make of few calls is in [quality.md](quality.md).
 
 Times: `spacing="trailing"`, `"leading"`, `"linspace"`; or a grid of noise levels, `"karras"`, `"exponential"`,
 `"polyexponential"`, `"beta"`; or given `timesteps=` or `sigmas=` (for instance `grids.karras(20, 0.03, 15.0)[::-1]`). A
