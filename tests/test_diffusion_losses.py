@@ -170,6 +170,16 @@ def test_drawn_times_reach_the_loss(times):
     assert torch.equal(diffusion.loss(model, x, t=seen[0], noise=Noise(2)), got)
 
 
+def test_a_callers_own_sampler_of_times_is_asked():
+    class Late:
+        def uniforms(self, noise, size, device, dtype):
+            return 0.9 + 0.1 * Uniform().uniforms(noise, size, device, dtype)
+
+    seen = []
+    gk.Diffusion().loss(lambda x, t: seen.append(t) or x, torch.zeros(500, 1), times=Late(), noise=Noise(1))
+    assert 900 <= int(seen[0].min()) < 905 and 995 < int(seen[0].max()) < 1000
+
+
 @pytest.mark.parametrize("sampler, at_most", [(Stratified(), 0.2), (Antithetic(), 0.5)])
 def test_means_over_drawn_times_vary_less(sampler, at_most):
     def variance(of):

@@ -210,9 +210,9 @@ class Diffusion(Variational):
             shape: [B, ...] of the result.
             steps: of one network call each ("heun": two, but the last), default 50 (or T where that is less); 1 .. T
                 with a spacing of timesteps.
-            sampler: "ddim", "ddpm" (eta = 1), "euler", "euler_ancestral", "heun" (for grids of noise levels),
-                "dpmpp_1", "dpmpp_2m", "dpmpp_3m" (DPM-Solver++), "dpmpp_1_sde", "dpmpp_2m_sde", "unipc"; or a Sampler,
-                which has options of its own (samplers.DPMSolver and others).
+            sampler: "ddim", "ddpm" (eta = 1, with the variance of this object), "euler", "euler_ancestral", "heun" (for
+                grids of noise levels), "dpmpp_1", "dpmpp_2m", "dpmpp_3m" (DPM-Solver++), "dpmpp_1_sde",
+                "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own (samplers.DPMSolver and others).
             eta: of "ddim" (default 0) and "euler_ancestral" (default 1), >= 0.
             spacing: of timesteps "trailing" (the default), "leading" or "linspace" (grids.timesteps; on a continuous
                 path "uniform", its default); or of the schedule's noise levels sigma / alpha, from the highest to the
