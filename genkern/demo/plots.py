@@ -14,8 +14,6 @@ import torch
 STYLES = {
     "DDPM": ("#7fb3e6", "s", "--"),
     "DDIM": ("#1f5fa8", "o", "-"),
-    "DPM-Solver++(2M)": ("#c2507a", "^", "-"),
-    "UniPC": ("#3f9a8f", "D", "-"),
     "Flow matching, Euler": ("#2e8b57", "o", "-"),
     "Flow matching, Heun": ("#86c79b", "s", "--"),
     "Rectified flow, Euler": ("#e8963a", "o", "-"),
