@@ -16,7 +16,7 @@ from genkern import paths
 from genkern.brownian import difference, mix64, weights_of
 from genkern.noise import Noise, as_int64
 from genkern.reference.noise import _mix64
-from genkern.samplers import DPMSolverSDE, EulerAncestral
+from genkern.samplers import DPMSolverSDE, EulerAncestral, OnPath
 
 F64 = torch.float64
 TIMES = [0.0, 1e-9, 4e-5, 3e-4, 0.01, 0.2, 0.5, 1.0, 1.0 + 1e-3, 3.7, 60.0, 9999.0]
@@ -121,20 +121,48 @@ def test_with_constant_data_every_grid_ends_at_the_same_state_of_the_path(sample
         torch.testing.assert_close(end, ends[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [
-    DPMSolverSDE(1, False), DPMSolverSDE(2, False), EulerAncestral(1.0),
-], ids=["dpmpp_1_sde", "dpmpp_2m_sde", "euler_ancestral"])  # fmt: skip
+STD = 0.5  # of Gaussian data, whose perfect network is linear: E[y | x] = alpha STD^2 / (alpha^2 STD^2 + sigma^2) x
+SDE = {"dpmpp_1_sde": DPMSolverSDE(1, False), "dpmpp_2m_sde": DPMSolverSDE(2, False), "ancestral": EulerAncestral(1.0)}
+
+
+def end_of(sampler, n, fine):
+    """The end of n steps as weights of the start and of the increments of `fine` steps, scaled to variance 1, by the
+    rows alone."""
+    grid, clock = even_grid(VP, 1.0, 0.05, n), np.array([VP.snr(t) for t in even_grid(VP, 1.0, 0.05, fine)])
+    lengths, each = np.diff(clock), fine // n
+    x, memory = np.eye(1, fine + 1)[0], {}
+    for k, (stage, t) in enumerate(zip(sampler.stages(OnPath(VP, "sample"), grid), grid, strict=False)):
+        alpha, sigma = VP.alpha(t), VP.sigma(t)
+        y = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
+        z, part = np.zeros(fine + 1), slice(k * each, (k + 1) * each)
+        z[1:][part] = np.sqrt(lengths[part] / lengths[part].sum())
+        new = stage.out.y * y + stage.out.x * x + stage.out.z * z
+        new = new + sum(c * memory[slot] for c, slot in zip(stage.out.h, stage.reads, strict=True))
+        memory |= {slot: out.y * y for slot, out in stage.keeps}
+        x = new
+    return x
+
+
+def strong_distance(sampler, n):
+    """Root mean square distance of the ends of n and 2n steps along one Brownian path, exactly."""
+    return float(np.linalg.norm(end_of(sampler, n, 2 * n) - end_of(sampler, 2 * n, 2 * n)))
+
+
+@pytest.mark.parametrize("sampler", SDE.values(), ids=SDE)
 def test_strong_order_one_on_gaussian_data(sampler):
-    """Root mean square distance of paths with n and 2n steps, the same Brownian path under both."""
-    network, brownian = PathNetwork(gaussian(0.3, 0.5), VP, "sample"), gk.BrownianNoise(7)
-    ends = [run(sampler, network, n, brownian) for n in (32, 64, 128)]
-    coarse, fine = ((one - other).square().mean().sqrt() for one, other in itertools.pairwise(ends))
-    assert float(torch.log2(coarse / fine)) == pytest.approx(1.0, abs=0.15)
+    assert math.log2(strong_distance(sampler, 200) / strong_distance(sampler, 400)) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("sampler", SDE.values(), ids=SDE)
+def test_drawn_paths_have_the_exact_strong_distance(sampler):
+    network, brownian = PathNetwork(gaussian(0.0, STD), VP, "sample"), gk.BrownianNoise(7)
+    found = float((run(sampler, network, 16, brownian) - run(sampler, network, 32, brownian)).square().mean().sqrt())
+    assert found == pytest.approx(strong_distance(sampler, 16), rel=4 / math.sqrt(2 * 512))  # four standard errors
 
 
 def test_without_one_path_runs_with_other_steps_stay_apart():
     network = PathNetwork(gaussian(0.3, 0.5), VP, "sample")
-    ends = [run(DPMSolverSDE(1, False), network, n, gk.BrownianNoise(n)) for n in (64, 128)]
+    ends = [run(DPMSolverSDE(1, False), network, n, gk.BrownianNoise(n)) for n in (16, 32)]
     assert float((ends[0] - ends[1]).square().mean().sqrt()) > 0.3
 
 

@@ -103,7 +103,7 @@ def test_weak_order_two_with_churn_on_gaussian_data():
 
 @pytest.mark.parametrize("sampler", [EDMHeun(), EDMHeun(s_churn=20.0)])
 def test_samples_have_the_moments_of_the_mixture(sampler):
-    diffusion, data, n = gk.Diffusion(), mixture(), 20_000
+    diffusion, data, n = gk.Diffusion(), mixture(), 5_000
     x = diffusion.sample(
         PathNetwork(data, diffusion.path, "epsilon"), (n, 2), steps=40, sampler=sampler, seed=0, dtype=F64
     )
@@ -157,15 +157,17 @@ def test_the_time_of_a_noise_level_is_found_again(path):
         assert path.noise_level(path.time_at(level)) == pytest.approx(level, rel=1e-9)
 
 
-def test_a_flow_is_sampled_with_churn_to_the_moments_of_the_mixture():
-    flow, data, n = gk.RectifiedFlow(), mixture(), 20_000
+def test_a_flow_is_sampled_with_churn_to_the_mean_of_the_mixture():
+    flow, data, n = gk.RectifiedFlow(), mixture(), 5_000
     network = PathNetwork(data, flow.path, "velocity")
     levels = gk.grids.karras(30, 0.01, 30.0)[::-1]
     times = [*flow.path.time_at(levels), 1.0]
     start = float(flow.path.sigma(times[0])) * torch.randn(n, 2, dtype=F64)  # the data's part, 3%, is left out
     x = flow.sample(network, x0=start, times=times, sampler=EDMHeun(s_churn=10.0), seed=0, dtype=F64)
-    mean = (data.weights[:, None] * data.means).sum(0)
-    assert (x.mean(0) - mean).abs().max() < 0.08
+    weights = data.weights[:, None]
+    mean = (weights * data.means).sum(0)
+    variance = (weights * (data.means**2 + data.stds[:, None] ** 2)).sum(0) - mean**2
+    assert ((x.mean(0) - mean).abs() < 0.03 + 4 * (variance / n).sqrt()).all()  # four standard errors
     plain = flow.sample(network, x0=start, times=times, sampler=EDMHeun(), seed=0, dtype=F64)
     assert (x - plain).abs().mean() > 0.1
 
