@@ -182,21 +182,28 @@ def page(found: dict[tuple[str, int], Point], judge: quality.Judge, floor: float
     lines.append(f"- DDPM itself with fewer calls: {few}.")
     lines += [
         "",
-        '"As near as" is within two standard errors of the difference. The distance of two halves of the digits is no',
-        "lower bound: halves are small samples, and a network that has seen all the digits can come closer.",
+        '"As near" and "as sure" are within two standard errors of the difference. The distance of two halves of',
+        "the digits is no lower bound: halves are small samples, and a network that has seen all the digits can come",
+        "closer.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _verdict(name: str, calls: int, p: Point, full: Point) -> str:
-    """In words, where the difference is beyond two standard errors of it."""
-    gap, error = p.mean("frechet") - full.mean("frechet"), math.hypot(p.error("frechet"), full.error("frechet"))
-    word = "nearer the real digits than" if gap < 0 else "farther from the real digits than"
-    word = "as near the real digits as" if abs(gap) <= 2 * error else word
-    confidence = f"confidence {p.mean('confidence'):.3f} against {full.mean('confidence'):.3f}"
+    """In words, where a difference is beyond two standard errors of it."""
+
+    def word(of: str, alike: str, below: str, above: str) -> str:
+        gap, error = p.mean(of) - full.mean(of), math.hypot(p.error(of), full.error(of))
+        return alike if abs(gap) <= 2 * error else below if gap < 0 else above
+
+    near = word(
+        "frechet", "as near the real digits as", "nearer the real digits than", "farther from the real digits than"
+    )
+    sure = word("confidence", "as sure of them", "less sure of them", "surer of them")
     return (
-        f"- {name} at {calls} calls: {word} DDPM at 1000 ({p.mean('frechet'):.4f} against {full.mean('frechet'):.4f}, "
-        f"{1000 // calls} times fewer calls); {confidence}."
+        f"- {name} at {calls} calls: {near} DDPM at 1000 ({p.mean('frechet'):.4f} against {full.mean('frechet'):.4f}, "
+        f"{1000 // calls} times fewer calls); the classifier is {sure} ({p.mean('confidence'):.3f} against "
+        f"{full.mean('confidence'):.3f})."
     )
 
 
