@@ -11,6 +11,7 @@ from typing import Any
 # Where each public name lives: (module, attribute), attribute None for a module.
 _NAMES: dict[str, tuple[str, str | None]] = {
     "Noise": ("noise", "Noise"),
+    "BrownianNoise": ("brownian", "BrownianNoise"),
     "ops": ("ops", None),
     "reference": ("reference", None),
     "rows": ("rows", None),

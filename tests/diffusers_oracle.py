@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import genkern as gk
-from genkern.samplers import DPMSolver
+from genkern.samplers import DDPM, DPMSolver
 
 F64 = torch.float64
 SHAPE = (4, 3, 5)
@@ -55,6 +55,15 @@ CASES = {
         {"clip_sample": True, "clip_sample_range": 0.8}, {"use_clipped_model_output": True},
     ),
     "ddpm": Case("ddpm", "DDPMScheduler", {"spacing": "leading"}, {"clip_sample": False}),
+    "ddpm, fixed large": Case(
+        DDPM(variance="fixed_large"), "DDPMScheduler", {"spacing": "leading"},
+        {"clip_sample": False, "variance_type": "fixed_large"},
+    ),
+    "heun": Case("heun", "HeunDiscreteScheduler", {}, {"timestep_spacing": "trailing"}, scaled=True),
+    "heun, karras": Case(
+        "heun", "HeunDiscreteScheduler", {"spacing": "karras", "round_times": False},
+        {"timestep_spacing": "linspace", "use_karras_sigmas": True}, scaled=True,
+    ),
     "euler": Case("euler", "EulerDiscreteScheduler", {}, {"timestep_spacing": "trailing"}, scaled=True),
     "euler, karras": Case(
         "euler", "EulerDiscreteScheduler", {"spacing": "karras", "round_times": False},

@@ -41,6 +41,40 @@ def test_map_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
     assert torch.equal(step("cpu"), step("cuda"))
 
 
+@pytest.mark.parametrize("times", ["uniform", "stratified", "antithetic"])
+def test_drawn_training_times_are_the_same_on_cpu_and_cuda(times: str) -> None:
+    seen: list[torch.Tensor] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t.cpu())
+        return x
+
+    for schedule in ("linear", "continuous_vp"):
+        for device in ("cpu", "cuda"):
+            x = torch.zeros(100_003, 1, device=device)
+            gk.Diffusion(schedule).loss(model, x, times=times, noise=gk.Noise(seed=3, stream=9))
+        assert torch.equal(*seen)
+        seen.clear()
+
+
+def test_brownian_increments_have_the_same_bits_on_cpu_and_cuda() -> None:
+    brownian = gk.BrownianNoise(5)
+    cpu, cuda = (brownian.normal(0.01, 0.7, (16, 33), device=device) for device in ("cpu", "cuda"))
+    assert torch.equal(cpu, cuda.cpu())
+
+
+def test_importance_sampling_records_on_the_device_without_waiting() -> None:
+    sampler = gk.methods.times.LossSecondMoment(50, history=2).cuda()
+    diffusion, x = gk.Diffusion(timesteps=50, schedule="squared_cosine"), torch.randn(64, 3, device="cuda")
+    diffusion.loss(lambda x, t: x, x, times=sampler, noise=gk.Noise(seed=1))  # makes the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        diffusion.loss(lambda x, t: x, x, times=sampler, noise=gk.Noise(seed=2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(sampler.counts.sum()) == 128
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 30 << 30,
     reason="needs 30 GiB of device memory",

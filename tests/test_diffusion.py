@@ -232,7 +232,7 @@ def test_bad_argument_of_the_method_is_named(options, error, words):
     ({"steps": 3, "timesteps": [1]}, "steps: expected None beside timesteps"),
     ({"timesteps": [1, 5]}, "timesteps: expected strictly decreasing"),
     ({"spacing": "even"}, "spacing: expected one of"),
-    ({"sampler": "heun"}, "sampler: expected one of 'ddim', 'ddpm', .* got 'heun'"),
+    ({"sampler": "rk4"}, "sampler: expected one of 'ddim', 'ddpm', .* got 'rk4'"),
     ({"sampler": "ddpm", "eta": 0.5}, "eta: expected None or 1"),
     ({"clip": (1.0, -1.0)}, "clip: expected lo < hi"),
     ({"clip": 0.0}, "clip: expected lo < hi"),

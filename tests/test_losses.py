@@ -18,9 +18,16 @@ SHAPE = (6, 3, 4)
 
 def losses() -> dict[str, Callable[..., Tensor]]:
     """loss() of every method, under one signature; methods that have kept no table yet."""
-    consistency = gk.Consistency()
+    consistency, diffusion = gk.Consistency(), gk.Diffusion(prediction="v")
+    learned = gk.Diffusion(variance="learned_range")
+    gamma = [t / 1000.0 for t in range(1000)]
     return {
         "diffusion": gk.Diffusion().loss,
+        "weighted": lambda model, x, **o: diffusion.loss(
+            model, x, weighting="min_snr", offset_noise=x[:, :1], times=None if "t" in o else "stratified", **o
+        ),
+        "antithetic": lambda model, x, **o: diffusion.loss(model, x, weighting=gamma, times="antithetic", **o),
+        "learned": lambda model, x, **o: learned.loss(lambda x, t: torch.cat([model(x, t)] * 2, dim=1), x, **o),
         "continuous": gk.Diffusion("continuous_vp").loss,
         "flow": gk.FlowMatching(sigma_min=0.1).loss,
         "rectified": gk.RectifiedFlow().loss,
@@ -142,3 +149,20 @@ def test_a_loss_in_inference_mode_leaves_the_next_one_its_gradient(name: str) ->
     found = of()
     torch.testing.assert_close(found, expected.clone())
     assert float(torch.autograd.grad(found, weight)[0]) != 0.0
+
+
+def test_importance_sampling_compiles_once_and_records(kernels: None) -> None:
+    diffusion, x = gk.Diffusion(timesteps=25, schedule="squared_cosine"), torch.randn(SHAPE)
+    samplers = [gk.methods.times.LossSecondMoment(25, history=1) for _ in range(2)]
+
+    def run(x: Tensor, times: gk.methods.times.LossSecondMoment, noise: gk.Noise) -> Tensor:
+        return diffusion.loss(lambda x, t: x.sin(), x, times=times, noise=noise)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(run, fullgraph=True, backend=counter)
+    for step in range(12):
+        noise = gk.Noise(1, stream=torch.tensor([step]))
+        torch.testing.assert_close(traced(x, samplers[0], noise), run(x, samplers[1], noise))
+    assert counter.frame_count == 1
+    assert torch.equal(samplers[0].counts, samplers[1].counts)
+    torch.testing.assert_close(samplers[0].losses, samplers[1].losses)

@@ -42,6 +42,7 @@ class Recorder:
 def runs():
     """sample() of every family, under one signature."""
     consistency, third = gk.Consistency(), samplers.DPMSolver(3, lower_order_final=False)
+    churn = samplers.EDMHeun(s_churn=2.0, s_max=20.0)  # below the start, which is then used as it is given
     return {
         "ddim": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, eta=0.7, **o),
         "ddpm": lambda model, **o: gk.Diffusion(prediction="v").sample(model, SHAPE, steps=4, sampler="ddpm", **o),
@@ -49,6 +50,7 @@ def runs():
         "rectified": lambda model, **o: gk.RectifiedFlow().sample(model, SHAPE, steps=4, sampler="heun", **o),
         "dpmpp_3m": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, sampler=third, **o),
         "sde": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, sampler="dpmpp_2m_sde", **o),
+        "churn": lambda model, **o: gk.Diffusion().sample(model, SHAPE, steps=4, sampler=churn, **o),
         "unipc": lambda model, **o: gk.Diffusion(prediction="v").sample(model, SHAPE, steps=4, sampler="unipc", **o),
         "consistency": lambda model, **o: consistency.sample(model, SHAPE, steps=4, **o),
         "ode": lambda model, **o: consistency.sample_ode(model, SHAPE, steps=4, **o),

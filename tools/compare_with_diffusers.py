@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import diffusers_oracle as oracle  # noqa: E402
 from analytic import PathNetwork, mixture  # noqa: E402
+from test_brownian import SDE, strong_distance  # noqa: E402
 from test_solvers import VP, even_grid  # noqa: E402
 
 import genkern as gk  # noqa: E402
-from genkern.samplers import DPMSolver, EulerAncestral, OnPath, UniPC, loop  # noqa: E402
+from genkern.samplers import DPMSolver, EDMHeun, EulerAncestral, OnPath, UniPC, loop  # noqa: E402
 
 PATH = ROOT / "docs" / "samplers.md"
 ORDERS: list[tuple[str, Any]] = [
@@ -32,10 +33,12 @@ ORDERS: list[tuple[str, Any]] = [
     ("`dpmpp_1`", DPMSolver(1, lower_order_final=False)),
     ("`dpmpp_2m`", DPMSolver(2, lower_order_final=False)),
     ("`dpmpp_3m`", DPMSolver(3, lower_order_final=False)),
+    ("`heun`", EDMHeun()),
     ("`DPMSolver(3, as_published=True)`", DPMSolver(3, lower_order_final=False, as_published=True)),
     ("`UniPC(1)`", UniPC(1, lower_order_final=False)),
     ("`unipc`", UniPC(2, lower_order_final=False)),
 ]
+STRONG = {"`euler_ancestral`, `ddpm`": "ancestral", "`dpmpp_1_sde`": "dpmpp_1_sde", "`dpmpp_2m_sde`": "dpmpp_2m_sde"}
 TEXT = """# Samplers of Diffusion
 
 `Diffusion.sample(model, shape, steps=20, sampler="dpmpp_2m")`; a `Sampler` object in place of the name takes options:
@@ -44,18 +47,23 @@ TEXT = """# Samplers of Diffusion
 | name | object | what it is |
 |---|---|---|
 | `ddim` | `DDIM(eta)` | (13.13) with any eta, 0 by default |
-| `ddpm` | `DDPM()` | (13.13) with eta = 1 |
+| `ddpm` | `DDPM(variance)` | (13.13) with eta = 1; or with the chain's variance, "fixed_large" |
+| | `NonMarkovian(posterior_std)` | (13.13) with any sigma, a number a step |
 | `euler` | `EulerAncestral(0)` | Euler's method on sigma / alpha |
 | `euler_ancestral` | `EulerAncestral(eta)` | the same with the posterior's noise, eta = 1 by default |
+| `heun` | `EDMHeun(s_churn, s_min, s_max, s_noise)` | Heun's method on sigma / alpha, with churn: EDM's algorithm 2 |
 | `dpmpp_1`, `dpmpp_2m`, `dpmpp_3m` | `DPMSolver(order)` | DPM-Solver++ for the ODE, multistep |
 | `dpmpp_1_sde`, `dpmpp_2m_sde` | `DPMSolverSDE(order)` | DPM-Solver++ for the SDE |
 | `unipc` | `UniPC(order)` | UniPC, bh2, order 2 |
 | `Diffusion.encode` | `DDIMInversion()` | DDIM from the data to the noise |
 
-Every step is one network call and one fused pass, which also writes what later steps need. A pass has at most three
-outputs: where state, network input (of another dtype, or doubled for guidance) and kept predictions are more, a second
-pass copies the input from the state. `lower_order_final` (on by default) ends a run of fewer than 15 steps with lower
-orders, as diffusers does; the step to clean data has order 1.
+Every step is one network call and one fused pass (`heun`: two of each), which also writes what later steps need. A
+pass has at most three outputs: where state, network input (of another dtype, or doubled for guidance) and kept
+predictions are more, a second pass copies the input from the state. `lower_order_final` (on by default) ends a run of
+fewer than 15 steps with lower orders, as diffusers does; the step to clean data has order 1.
+
+`step_noise=gk.BrownianNoise(seed)` drives the stochastic ones along one Brownian path, whatever the steps.
+What the samplers make of few calls is in [quality.md](quality.md).
 
 Times: `spacing="trailing"`, `"leading"`, `"linspace"`; or a grid of noise levels, `"karras"`, `"exponential"`,
 `"polyexponential"`, `"beta"`; or given `timesteps=` or `sigmas=` (for instance `grids.karras(20, 0.03, 15.0)[::-1]`). A
@@ -105,7 +113,15 @@ def main() -> None:
         "\nThe published 3M weighs its second difference half as much as the quadratic through the three predictions"
     )
     lines.append("asks for, and so has order 2; `dpmpp_3m` has the full weight.\n")
-    lines.append(f"## Agreement with diffusers {diffusers.__version__}\n")
+    lines.append(
+        "Stochastic samplers on Gaussian data N(0, 1/4), along one Brownian path (`BrownianNoise`): the exact root"
+    )
+    lines.append("mean square distance of the ends of n and 2n steps, from which the strong order.\n")
+    lines.append("| sampler | 200 to 400 | 400 to 800 | order |\n|---|---|---|---|")
+    for name, key in STRONG.items():
+        coarse, fine = (strong_distance(SDE[key], n) for n in (200, 400))
+        lines.append(f"| {name} | {coarse:.2e} | {fine:.2e} | {math.log2(coarse / fine):.2f} |")
+    lines.append(f"\n## Agreement with diffusers {diffusers.__version__}\n")
     lines.append(
         "The largest difference of the end states over their largest element, the same network outputs, start and"
     )

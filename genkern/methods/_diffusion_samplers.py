@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import check
-from ..samplers import DDIM, DDPM, DPMSolver, DPMSolverSDE, EulerAncestral, UniPC
+from ..samplers import DDIM, DDPM, DPMSolver, DPMSolverSDE, EDMHeun, EulerAncestral, UniPC
 from .flow import given_sampler
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "euler": lambda: EulerAncestral(0.0),
+    "heun": lambda: EDMHeun(),
     "dpmpp_1": lambda: DPMSolver(1),
     "dpmpp_2m": lambda: DPMSolver(2),
     "dpmpp_3m": lambda: DPMSolver(3),
@@ -21,13 +22,14 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 NAMES = ("ddim", "ddpm", "euler_ancestral", *SOLVERS)
 
 
-def sampler_named(sampler: Any, eta: float | None, final_sigma: float) -> Any:
+def sampler_named(sampler: Any, eta: float | None, final_sigma: float, variance: str) -> Any:
     """A sampler by its name, or as given.
 
     Args:
         sampler: of NAMES, or a Sampler.
         eta: of "ddim" and "euler_ancestral"; 1 of "ddpm".
         final_sigma: of "ddim" and "ddpm".
+        variance: of "ddpm"; with "learned_range" it is put in later.
 
     Raises:
         ValueError: an unknown name, or an option that the sampler does not have. TypeError: no name and no Sampler.
@@ -44,7 +46,7 @@ def sampler_named(sampler: Any, eta: float | None, final_sigma: float) -> Any:
     if sampler == "ddpm":
         if eta not in (None, 1.0):
             raise ValueError(f"eta: expected None or 1 with sampler='ddpm', got {eta}")
-        return DDPM(final_sigma)
+        return DDPM(final_sigma, "fixed_large" if variance == "fixed_large" else "fixed_small")
     if sampler == "euler_ancestral":
         return EulerAncestral(1.0 if eta is None else eta)
     return SOLVERS[sampler]()

@@ -12,6 +12,7 @@ from .. import check, ops
 from ..noise import Noise, Purpose
 from ..samplers import network
 from ..samplers.loop import check_source
+from .times import TimeSampler, Uniform
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 
@@ -45,6 +46,8 @@ class Batch:
 
     Everything that the caller gave is checked before a seed is drawn, at the first use of a random number.
     """
+
+    purpose = Purpose.TRAINING  # of the data's noise
 
     def __init__(self, model: Any, x: Tensor, options: Mapping[str, Any]) -> None:
         unknown = options.keys() - LossOptions.__annotations__.keys()
@@ -92,12 +95,13 @@ class Batch:
     @property
     def z(self) -> Noise | Tensor:
         """The noise of the data: given, or named."""
-        return self._noise if isinstance(self._noise, Tensor) else self.source.at(Purpose.TRAINING)
+        return self._noise if isinstance(self._noise, Tensor) else self.source.at(self.purpose)
 
-    def uniform(self) -> Tensor:
-        """One number in (0, 1) a sample, [B]."""
-        noise = self.source.at(Purpose.TIMES)
-        return ops.uniform((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
+    def uniform(self, sampler: TimeSampler | None = None) -> Tensor:
+        """One number in (0, 1) a sample, [B], as the sampler of times has it; default each by itself."""
+        return (Uniform() if sampler is None else sampler).uniforms(
+            self.source, self.size, self.device, self.coef_dtype
+        )
 
     def normal(self) -> Tensor:
         """One standard normal number a sample, [B]."""
@@ -105,7 +109,12 @@ class Batch:
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
-        return (self.uniform() * count).long().clamp_(max=count - 1)  # the product may be rounded to count
+        return self.index_at(self.uniform(), count)
+
+    @staticmethod
+    def index_at(u: Tensor, count: int) -> Tensor:
+        """floor(u count), int64 [B], at numbers u in (0, 1)."""
+        return (u * count).long().clamp_(max=count - 1)  # the product may be rounded to count
 
     def given_index(self, name: str, value: Any, count: int) -> Tensor:
         """Integers of 0 .. count-1 given by the caller, as int64 [B]."""
@@ -126,15 +135,39 @@ class Batch:
         found = network.call(self.model if model is None else model, x, t, self.cond, name)
         return network.at_most(found, self.x.dtype)
 
-    def loss(self, m: Tensor, x: Tensor | None, times: Tensor, **target: Any) -> Tensor:
-        """ops.path_loss under the caller's options."""
+    def loss(
+        self, m: Tensor, x: Tensor | None, times: Tensor, *, factor: Tensor | None = None,
+        importance: Tensor | None = None, record: Callable[[Tensor, Tensor], object] | None = None,
+        added: Tensor | None = None, **target: Any,
+    ) -> Tensor:  # fmt: skip
+        """ops.path_loss under the caller's options.
+
+        Args:
+            factor: of the samples' losses, beside the caller's weight.  [B].
+            importance: weights of how the times were drawn.  [B].
+            record: given the times and the losses without those weights.
+            added: to the samples' weighted losses.  [B].
+        """
         options = self._options
-        weight = options.get("weight")
+        weight, reduction = options.get("weight"), options.get("reduction", "mean")
         if callable(weight):
             weight = weight(times)
             if weight is None:
                 raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
-        return ops.path_loss(
+        if factor is not None:
+            weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
+        found = ops.path_loss(
             m, x, **target, weight=weight, mask=options.get("mask"),
-            kind=options.get("kind", "l2"), reduction=options.get("reduction", "mean"),
+            kind=options.get("kind", "l2"), reduction=reduction if importance is None and added is None else "none",
         )  # fmt: skip
+        if importance is None and added is None:
+            return found
+        if added is not None:
+            found = found + added
+        if record is not None:
+            record(times, found.detach())
+        if importance is not None:
+            found = found * importance
+        if reduction == "none":
+            return found
+        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()

@@ -18,13 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, grids, paths
-from ..fused import apply_row
-from ..rows import Out, Row
-from ..samplers import DDIMInversion, OnPath, loop
+from .. import check, paths
+from ..brownian import BrownianNoise
+from ..samplers import DDIMInversion, OnPath, loop, network
+from ..samplers.ddpm import VARIANCES
 from ..samplers.table import Sampler, stages_of
+from ._diffusion_loss import added, residual_loss
+from ._diffusion_path import PREDICTIONS, grid_of, path_of
 from ._diffusion_samplers import sampler_named
+from ._learned_variance import Halved, Range, sampling
 from ._training import Batch
+from .times import LossSecondMoment
+from .times import named as times_named
+from .variational import Variational
+from .weightings import named as weighting_named
+from .weightings import on_residual
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +41,8 @@ if TYPE_CHECKING:
 
     from ._training import LossOptions
 
-PREDICTIONS = ("epsilon", "v", "sample", "score")
-CONTINUOUS = ("continuous_vp", "cosine_log_snr")
-FIRST = 1e-3  # the time whose noise level ends a named grid of noise levels on a continuous path (arXiv:2011.13456)
 
-
-class Diffusion:
+class Diffusion(Variational):
     """A variance-preserving diffusion. The network is called as model(x_t, t, **cond), t int64 [B] (float32 [B] on a
     continuous path).
 
@@ -56,6 +60,10 @@ class Diffusion:
             side d_0 (paths.shift_noise_level).
         rescale_zero_snr: rescale a discrete schedule so that it ends without signal (paths.rescale_zero_snr; after the
             shift); with the predictions "v" and "sample" alone, as the others say nothing there.
+        variance: of the sampler "ddpm": "fixed_small" (the posterior's), "fixed_large" (the chain's), or
+            "learned_range": the network's output has twice the channels, [B, 2C, ...], of which the second half says
+            where between the two, in the logarithm (-1 and 1), elementwise. loss() then adds the variational objective
+            of that half; discrete time alone.
 
     Raises:
         ValueError: a schedule that is not decreasing or leaves [0, 1), an unknown prediction, timesteps < 1, options
@@ -77,32 +85,18 @@ class Diffusion:
         final_alphas_cumprod: float = 1.0,
         shift: float = 1.0,
         rescale_zero_snr: bool = False,
+        variance: str = "fixed_small",
     ) -> None:
-        self.path: paths.DiscreteVP | paths.ContinuousVP
-        if betas is not None and alphas_cumprod is not None:
-            raise ValueError("betas: expected None beside alphas_cumprod")
         self.prediction = check.choice("prediction", prediction, PREDICTIONS)
-        given = betas is not None or alphas_cumprod is not None
-        if not given and (isinstance(schedule, paths.ContinuousVP) or schedule in CONTINUOUS):
-            if rescale_zero_snr or final_alphas_cumprod != 1.0:
-                raise ValueError("rescale_zero_snr, final_alphas_cumprod: expected a schedule of discrete time")
-            self.path = _continuous(schedule, beta_start, beta_end, shift)
-            return
-        if alphas_cumprod is None:
-            if not given:
-                name = check.choice("schedule", schedule, (*paths.SCHEDULES, *CONTINUOUS))
-                betas = paths.betas(name, timesteps, beta_start, beta_end)
-            alphas_cumprod = paths.alphas_cumprod_of(betas)
-        if shift != 1.0:
-            alphas_cumprod = paths.shift_noise_level(alphas_cumprod, shift)
-        if rescale_zero_snr:
-            alphas_cumprod = paths.rescale_zero_snr(alphas_cumprod)
-        self.path = paths.DiscreteVP(alphas_cumprod, final_alphas_cumprod)
-        if self.path.finite < self.path.timesteps and prediction in ("epsilon", "score"):
-            raise ValueError(
-                "prediction: expected 'v' or 'sample' with a schedule that ends without signal (zero terminal SNR), "
-                f"got {prediction!r}"
-            )
+        self.path = path_of(
+            schedule, timesteps, prediction, beta_start, beta_end, betas, alphas_cumprod, final_alphas_cumprod, shift,
+            rescale_zero_snr,
+        )  # fmt: skip
+        self.variance, self._range = check.choice("variance", variance, (*VARIANCES, "learned_range")), None
+        if variance == "learned_range":
+            if not isinstance(self.path, paths.DiscreteVP):
+                raise ValueError("variance: expected a fixed one in continuous time, got 'learned_range'")
+            self._range = Range(self.path, prediction)
 
     @property
     def discrete(self) -> bool:
@@ -119,49 +113,79 @@ class Diffusion:
         """The seed's alpha_1 .. alpha_T, [T] float64. AttributeError on a continuous path."""
         return self._table.alphas_cumprod
 
-    @property
-    def _table(self) -> paths.DiscreteVP:
-        if not isinstance(self.path, paths.DiscreteVP):
-            raise AttributeError("a diffusion of continuous time has no timesteps")
-        return self.path
-
     def posterior_variance(self, t: Any) -> Any:
         """The seed's sigma_t^2 of the DDPM at t = 0 .. T-1, after (13.13); 0 at t = 0."""
         return self._table.posterior_variance(t)
 
-    def loss(self, model: Any, x: Tensor, *, t: Any = None, **options: Unpack[LossOptions]) -> Tensor:
+    def loss(
+        self, model: Any, x: Tensor, *, t: Any = None, times: Any = None, weighting: Any = None,
+        offset_noise: Tensor | None = None, input_perturbation: Tensor | None = None, **options: Unpack[LossOptions],
+    ) -> Tensor:  # fmt: skip
         """Eq. (13.5), one fused pass before the network and one after it.
 
         Args:
             model: called as model(x_t, t, **cond).
             x: data.  [B, ...], floating.
-            t: int64 [B] or an integer, of 0 .. T-1; on a continuous path floating [B] or a number, of [0, 1]. Default
-                uniform.
-            options: LossOptions.
+            t: int64 [B] or an integer, of 0 .. T-1; on a continuous path floating [B] or a number, of [0, 1].
+            times: instead of t, how it is drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
+                (methods.times), such as LossSecondMoment(T).
+            weighting: of times: "uniform" (the default: 1 on the prediction's residual), "snr", "min_snr",
+                "soft_min_snr", or a Weighting with its own gamma (methods.weightings); a function of log SNR [B] that
+                gives the weight of the data's squared error; or gamma of (13.5), [T], of the noise's squared error. All
+                are converted to the prediction's residual.
+            offset_noise: added to the noise, in the input and in the target; broadcastable to x (customarily 0.1 times
+                normal [B, C, 1, 1]).
+            input_perturbation: added to the noise in the input alone; broadcastable to x (customarily 0.1 times normal
+                [B, ...]).
+            options: LossOptions; their weight multiplies the weighting.
 
         Returns:
             The loss, float32: mean over a sample's elements, then over the batch of weight times that.
 
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+
+        Source: (13.5); arXiv:2303.09556 (min_snr); arXiv:2102.09672 (importance sampling of t, learned variance).
         """
-        batch = Batch(model, x, options)
-        if self.discrete:
-            t = batch.index(self.timesteps) if t is None else batch.given_index("t", t, self.timesteps)
+        discrete = self.discrete
+        if t is not None and times is not None:
+            raise ValueError("times: expected None beside t")
+        chosen, weights = times_named(times), weighting_named(weighting, self.timesteps if discrete else None)
+        if isinstance(chosen, LossSecondMoment) and chosen.timesteps != (self.timesteps if discrete else None):
+            wanted = f"LossSecondMoment({self.timesteps})" if discrete else "another in continuous time"
+            raise ValueError(f"times: expected {wanted}, got LossSecondMoment({chosen.timesteps})")
+        halved = None if self._range is None else Halved(model)
+        if halved is not None and options.get("model_dtype") is None and isinstance(x, Tensor):
+            options["model_dtype"] = network.dtype_of(model, x.dtype)
+        batch, importance = Batch(model if halved is None else halved, x, options), None
+        offset = added(batch, "offset_noise", offset_noise)
+        perturbation = added(batch, "input_perturbation", input_perturbation)
+        if t is not None and discrete:
+            t = batch.given_index("t", t, self.timesteps)
+        elif t is not None:
+            t = batch.given_time("t", t, 0.0, 1.0)
+        else:
+            t = batch.uniform(chosen)
+            if isinstance(chosen, LossSecondMoment):
+                t, importance = chosen.draw(t)
+            elif discrete:
+                t = batch.index_at(t, self.timesteps)
+        if discrete:
             alpha, sigma = self._table.on(batch.device, batch.coef_dtype).index_select(1, t)
         else:
-            t = batch.uniform() if t is None else batch.given_time("t", t, 0.0, 1.0)
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        noising = Row((Out(x=alpha, z=sigma),))
-        (x_t,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
-        m = batch.call(x_t, t)
-        if self.prediction == "epsilon":
-            return batch.loss(m, batch.x, t, noise_coef=1.0, noise=batch.z)
-        if self.prediction == "sample":
-            return batch.loss(m, batch.x, t, x_coef=1.0)
-        if self.prediction == "score":
-            return batch.loss(m, batch.x, t, noise_coef=-1.0, noise=batch.z, m_coef=sigma)
-        return batch.loss(m, batch.x, t, x_coef=-sigma, noise_coef=alpha, noise=batch.z)
+        factor = None if weights is None else on_residual(weights, t, alpha, sigma, self.prediction)
+        record = chosen.update if importance is not None and chosen.recording else None
+
+        def found(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:
+            added_loss = None
+            if self._range is not None and halved is not None:
+                added_loss = self._range.hybrid(halved, data, at, options.get("mask"))
+            return batch.loss(
+                m, data, at, factor=factor, importance=importance, record=record, added=added_loss, **target
+            )
+
+        return residual_loss(batch, self.prediction, t, alpha, sigma, offset, perturbation, found)
 
     def sample(
         self,
@@ -184,10 +208,11 @@ class Diffusion:
         Args:
             model: called as model(x, t, **cond).
             shape: [B, ...] of the result.
-            steps: network calls, default 50 (or T where that is less); 1 .. T with a spacing of timesteps.
-            sampler: "ddim", "ddpm" (eta = 1), "euler", "euler_ancestral", "dpmpp_1", "dpmpp_2m", "dpmpp_3m"
-                (DPM-Solver++), "dpmpp_1_sde", "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own
-                (samplers.DPMSolver and others).
+            steps: of one network call each ("heun": two, but the last), default 50 (or T where that is less); 1 .. T
+                with a spacing of timesteps.
+            sampler: "ddim", "ddpm" (eta = 1, with the variance of this object), "euler", "euler_ancestral", "heun" (for
+                grids of noise levels), "dpmpp_1", "dpmpp_2m", "dpmpp_3m" (DPM-Solver++), "dpmpp_1_sde",
+                "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own (samplers.DPMSolver and others).
             eta: of "ddim" (default 0) and "euler_ancestral" (default 1), >= 0.
             spacing: of timesteps "trailing" (the default), "leading" or "linspace" (grids.timesteps; on a continuous
                 path "uniform", its default); or of the schedule's noise levels sigma / alpha, from the highest to the
@@ -207,8 +232,8 @@ class Diffusion:
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
         """
-        grid = self._grid(steps, spacing, timesteps, sigmas)
-        chosen = sampler_named(sampler, eta, final_sigma)
+        grid = grid_of(self.path, steps, spacing, timesteps, sigmas)
+        chosen = sampler_named(sampler, eta, final_sigma, self.variance)
         return self._run(model, chosen, grid, shape, round_times, clip=clip, **loop.known(options))
 
     def encode(
@@ -238,68 +263,26 @@ class Diffusion:
         Raises:
             ValueError, TypeError: an argument is not what it may be.
         """
-        grid = self._grid(steps, spacing, timesteps, sigmas)[::-1]
+        grid = grid_of(self.path, steps, spacing, timesteps, sigmas)[::-1]
         return self._run(model, DDIMInversion(), grid, None, round_times, start=x, **loop.known(options))
 
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
         stages = stages_of(sampler, OnPath(self.path, self.prediction, round_times), grid)
+        if isinstance(options.get("step_noise"), BrownianNoise):
+            options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
+        if self._range is not None:
+            model, stages, options = sampling(model, sampler, stages, self._table, grid, shape, options)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
 
-    def _grid(self, steps: int | None, spacing: str | None, timesteps: Any, sigmas: Any) -> np.ndarray:
-        """The times of the network's calls, decreasing, and the end of the path."""
-        given = [n for n, v in (("steps", steps), ("timesteps", timesteps), ("sigmas", sigmas)) if v is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[0]}: expected None beside {given[1]}, got {given[0]} and {given[1]}")
-        return np.append(self._visited(steps, spacing, timesteps, sigmas), self.path.start).astype(np.float64)
-
-    def _visited(self, steps: int | None, spacing: str | None, timesteps: Any, sigmas: Any) -> np.ndarray:
-        if sigmas is not None:
-            levels = grids.given(np.append(sigmas, 0.0), "sigmas", 0.0)
-            if levels[0] < levels[1]:
-                raise ValueError(f"sigmas: expected strictly decreasing noise levels > 0, got {sigmas}")
-            return self._times_at(levels[:-1])
-        if timesteps is not None:
-            if self.discrete:
-                return grids.given_timesteps(timesteps, self.timesteps)
-            times = grids.given(np.append(timesteps, 0.0), "timesteps", 0.0, 1.0)
-            if times[0] < times[1]:
-                raise ValueError(f"timesteps: expected strictly decreasing times of (0, 1], got {timesteps}")
-            return times[:-1]
-        plain = grids.SPACINGS if self.discrete else ("uniform",)
-        if spacing is None:
-            spacing = "trailing" if self.discrete else "uniform"
-        check.choice("spacing", spacing, (*plain, *grids.NOISE_LEVELS))
-        if steps is None:
-            steps = min(50, self.timesteps) if self.discrete else 50
-        if spacing == "uniform":
-            return grids.uniform(steps, 1.0, 0.0)[:-1]
-        if spacing in plain:
-            return grids.timesteps(steps, self.timesteps, spacing)
-        low, high = (0, self._table.finite - 1) if self.discrete else (FIRST, 1.0)
-        levels = grids.noise_levels(spacing, steps, self.path.noise_level(low), self.path.noise_level(high))
-        times = self._times_at(levels)
-        if high != self.path.stop:  # sampling starts from the end without signal, whose noise level is infinite
-            times[0] = self.path.stop
-        return times
-
-    def _times_at(self, levels: np.ndarray) -> np.ndarray:
-        times = np.asarray(self.path.time_at(levels), dtype=np.float64)
-        if not self.discrete:
-            self.path.check_time("sigmas", float(times.max()))
-        return times
-
-
-def _continuous(schedule: Any, beta_start: float | None, beta_end: float | None, shift: float) -> paths.ContinuousVP:
-    if schedule == "continuous_vp":
-        return paths.LinearVP(
-            0.1 if beta_start is None else beta_start, 20.0 if beta_end is None else beta_end, shift=shift
-        )
-    if beta_start is not None or beta_end is not None:
-        raise ValueError("beta_start, beta_end: expected None with a schedule that has none")
-    if schedule == "cosine_log_snr":
-        return paths.CosineVP(shift=shift)
-    if shift != 1.0:
-        raise ValueError("shift: expected 1 with a given path, which has its own")
-    return schedule
+    def _along(self, brownian: BrownianNoise, model: Any, grid: np.ndarray, shape: Any, options: dict[str, Any]) -> Any:
+        """The noise of the grid's steps, by the signal-to-noise ratio."""
+        start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
+        size = shape if start is None else start.shape
+        if size is None:
+            return None  # which the loop refuses
+        with np.errstate(divide="ignore"):
+            clock = self.path.snr(grid).tolist()
+        device = options.get("device") or (network.device_of(model) if start is None else start.device)
+        return brownian.steps(clock, size, device=device, dtype=options.get("dtype", torch.float32))

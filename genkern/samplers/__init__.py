@@ -6,10 +6,12 @@ from .ddim import DDIM
 from .ddpm import DDPM
 from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
+from .edm_heun import EDMHeun
 from .euler import Euler
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
+from .nonmarkovian import NonMarkovian
 from .parameterization import OnPath, Parameterization, Preconditioned
 from .table import Sampler, Stage
 from .unipc import UniPC
@@ -20,10 +22,12 @@ __all__ = [
     "DDPM",
     "DPMSolver",
     "DPMSolverSDE",
+    "EDMHeun",
     "Euler",
     "EulerAncestral",
     "Heun",
     "Multistep",
+    "NonMarkovian",
     "OnPath",
     "Options",
     "Parameterization",

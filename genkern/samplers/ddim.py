@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import check
 from ..rows import ROUNDING, Out
+from .nonmarkovian import as_floats, backward
 from .parameterization import OnPath
 from .table import Stage, stage
 
@@ -57,5 +58,4 @@ class DDIM:
                 f"eta: expected at most {self.eta * sigma_s / d:.6g}, so that sigma_s^2 - d^2 >= 0 on the step from "
                 f"t = {t:g} to {s:g}, got {self.eta:g}"
             )
-        eps = math.sqrt(max(rest, 0.0))
-        return Out(y=alpha_s - eps * alpha_t / sigma_t, x=eps / sigma_t, z=d)
+        return as_floats(backward(alpha_t, sigma_t, alpha_s, sigma_s, d))

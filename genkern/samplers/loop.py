@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import check
+from ..brownian import BrownianNoise
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
 from . import network
@@ -39,7 +41,8 @@ class Options(TypedDict, total=False):
     seed: 0 to 2^64 - 1. Without seed, noise and generator a seed is drawn from torch's CPU generator.
     noise: a Noise (its draw is replaced by the loop's); or a tensor, the initial state itself [B, ...].
     generator: a torch.Generator that a seed is drawn from.
-    step_noise: standard normal noise of the steps, [steps, B, ...], or a callable of the step k giving [B, ...].
+    step_noise: standard normal noise of the steps, [steps, B, ...], or a callable of the step k giving [B, ...]; of
+        Diffusion also a BrownianNoise.
     cond: keyword arguments of the model; tensors have the batch as dimension 0. uncond: the same for guidance.
     guidance_scale: w of m_u + w (m_c - m_u), a number or a tensor [B]; needs uncond; the model sees 2B samples.
     device: default that of a given initial state, else the model's.
@@ -58,7 +61,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     noise: Noise | Tensor | None
     generator: torch.Generator | None
-    step_noise: Tensor | Callable[[int], Tensor] | None
+    step_noise: Tensor | Callable[[int], Tensor] | BrownianNoise | None
     cond: Mapping[str, Any] | None
     uncond: Mapping[str, Any] | None
     guidance_scale: Any
@@ -311,12 +314,13 @@ def observe(task: Run, stage: Stage, x: Tensor, kept: list[Tensor], tick: Callab
 
 def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
-    following = task.stages[0].input_scale
+    following, before = task.stages[0].input_scale, task.stages[0].before or Out(x=1.0)
     if task.start is None:
-        row = Row(buffers.outputs(Out(z=task.scale), following))
+        row = Row(buffers.outputs(Out(z=math.hypot(task.scale * before.x, before.z)), following))
         return buffers.apply(row, -1, noise=part.noise.at(Purpose.INITIAL), size=buffers.shape, device=task.device)
-    row = Row(buffers.outputs(Out(x=1.0), following))
-    return buffers.apply(row, -1, x=task.start[part.low : part.high])
+    row = Row(buffers.outputs(before, following))
+    z = part.noise.at(Purpose.CHURN) if before.z != 0.0 else None
+    return buffers.apply(row, -1, x=task.start[part.low : part.high], noise=z)
 
 
 def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:

@@ -31,6 +31,7 @@ class Stage:
         reads: the slots of the loop's memory that the row's h are read from.
         keeps: (slot, row): what the same pass writes into the loop's memory, for later stages to read; a slot may be
             read and written at once.
+        before: of the first stage: the initial state as a row of x, what is given or drawn, and of noise z of its own.
     """
 
     model_time: float
@@ -41,6 +42,7 @@ class Stage:
     time: float | None
     reads: tuple[int, ...] = ()
     keeps: tuple[tuple[int, Out], ...] = ()
+    before: Out | None = None
 
 
 class Sampler(Protocol):

@@ -1,0 +1,204 @@
+"""A learned range of variances: a network with doubled channels, whose second half v says how noisy a step is.
+
+    log variance of p(x_s | x_t) = (1 + v) / 2 log beta + (1 - v) / 2 log beta~       elementwise, v about [-1, 1]
+
+between the posterior's, beta~ = (the DDPM's sigma_t)^2, and the chain's, beta = 1 - alpha_t^2 / alpha_s^2
+("fixed_small" and "fixed_large", samplers/ddpm.py). At t = 0, where beta~ is 0, that of t = 1 takes its place, as
+sigma_1 of (13.10). v is trained by the variational objective, in nats, with the predicted data held fixed, beside the
+loss (13.5) of the prediction:
+
+    L = L_gamma + lambda T L_t,    lambda = 0.001,    L_t = KL(q(x_s | x_t, x), p(x_s | x_t)), mean of elements,
+    KL = (l_p - l_q + e^{l_q - l_p} - 1 + c^2 (x - f)^2 e^{-l_p}) / 2,    and at t = 0  -log N(x; f, e^{l_p})
+
+l the logarithms of the variances, c the weight of the data in (13.7). Nichol, Dhariwal, arXiv:2102.09672, section 3.1.
+The exponential is torch's: what a row of the kernel adds is a noise that was formed before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import check, ops, paths
+from ..fused import apply_row
+from ..kept import constant, kept
+from ..noise import Noise, Purpose
+from ..rows import Out, Row
+from ..samplers import DDPM, network
+from ..samplers.nonmarkovian import backward, ddpm_std
+from ..samplers.table import Stage
+
+LAMBDA = 1e-3
+
+
+class Halved:
+    """A network of doubled channels as one of the prediction alone. Of its last call it keeps the input x, the
+    prediction m and the second half v."""
+
+    x: Tensor
+    m: Tensor
+    v: Tensor
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        out = self.model(x, t, **cond)
+        if not isinstance(out, Tensor):
+            out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", out)
+        wanted = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else None
+        if not isinstance(out, Tensor) or wanted is None or tuple(out.shape) != wanted:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"model: expected output of shape {wanted}, channels doubled (variance='learned_range'), got {got}"
+            )
+        self.x, (self.m, self.v) = x, out.chunk(2, dim=1)
+        return self.m
+
+
+def ranges(path: paths.DiscreteVP, t: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log beta~ and log beta of steps from t to s, float64; of the step to clean data beta~ of t = 1, or beta."""
+    alpha_t, sigma_t, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
+    small, large = ddpm_std(alpha_t, sigma_t, alpha_s, sigma_s) ** 2, 1.0 - (alpha_t / alpha_s) ** 2
+    first = path.posterior_variance(np.array([1]))[0] if path.timesteps > 1 else large
+    small = np.where(small > 0.0, small, first)
+    return np.log(small), np.log(large)
+
+
+class Range:
+    """The terms of the variational objective by timestep, for networks of doubled channels."""
+
+    def __init__(self, path: paths.DiscreteVP, prediction: str) -> None:
+        self.path, self.prediction = path, prediction
+        t = np.arange(path.timesteps)
+        scales = path.alpha(t), path.sigma(t), path.alpha(t - 1), path.sigma(t - 1)
+        std = ddpm_std(*scales)
+        std[0] = 0.0
+        weight = backward(*scales, std).y
+        low, high = ranges(path, t, t - 1)
+        a, b = path.data(prediction, t)
+        self._table = np.stack([weight, low, high, np.broadcast_to(a, t.shape), np.broadcast_to(b, t.shape)])
+        self._tables: dict[Any, Any] = {}
+
+    @constant
+    def _on(self, device: Any, dtype: torch.dtype) -> Tensor:
+        """c, log beta~, log beta, and the data's a and b of every t, [5, T], on a device, kept there."""
+
+        def make() -> Tensor:
+            return torch.as_tensor(self._table, dtype=dtype).to(device)
+
+        found: Tensor = kept(self._tables, (torch.device(device), dtype), make)
+        return found
+
+    def terms(self, halved: Halved, x: Tensor, t: Tensor) -> Tensor:
+        """KL at times t, at t = 0 -log N(x; f, e^{l_p}), in nats, elementwise, of the network's last call. The gradient
+        is that of v alone.  [B, ...]."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = self._on(x.device, dtype).index_select(1, t)
+        a, b = table[3:].unbind()
+        with torch.no_grad():
+            x_t, m, data = (of.detach().to(dtype) for of in (halved.x, halved.m, x))
+            (error,) = apply_row(Row((Out(x=a, m=b, h=(-1.0,)),)), x=x_t, m=m, h=(data,))
+        wide = (slice(None), *[None] * (x.ndim - 1))
+        c, low, high = (of[wide] for of in table[:3].unbind())
+        log_p = (low + high + halved.v.to(dtype) * (high - low)) * 0.5
+        inverse = (-log_p).exp()
+        divergence = 0.5 * (log_p - low + (low - log_p).exp() - 1.0 + (c * error).square() * inverse)
+        density = 0.5 * (math.log(2.0 * math.pi) + log_p + error.square() * inverse)
+        return torch.where((t == 0)[wide], density, divergence)
+
+    def hybrid(self, halved: Halved, x: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
+        """lambda T L_t of every sample, [B], of the network's last call."""
+        each = self.terms(halved, x, t).flatten(1)
+        if mask is None:
+            mean = each.mean(dim=1)
+        else:
+            w = check.mask(mask, x).to(each.dtype).flatten(1)
+            mean = (each * w).sum(dim=1) / w.sum(dim=1).clamp(min=torch.finfo(each.dtype).tiny)
+        return LAMBDA * self.path.timesteps * mean
+
+
+@dataclasses.dataclass
+class Learned:
+    """The noise of DDPM's steps in one run of the loop, which calls the network and then asks for the step's noise.
+
+    Args:
+        halved: what the loop calls.
+        z: standard normal noise of step k, [B, ...].
+        low, high: log beta~ and log beta by step; NaN where the step takes z as it is.
+        guided: whether the network sees an unconditional half first; v is that of the conditional one.
+    """
+
+    halved: Halved
+    z: Callable[[int], Tensor]
+    low: list[float]
+    high: list[float]
+    guided: bool
+
+    def __call__(self, k: int) -> Tensor:
+        z = self.z(k)
+        if math.isnan(self.low[k]):
+            return z
+        v = (self.halved.v.chunk(2)[1] if self.guided else self.halved.v).to(z.device, z.dtype)
+        low, high = 0.5 * self.low[k], 0.5 * self.high[k]
+        return (v * (0.5 * (high - low)) + 0.5 * (high + low)).exp() * z
+
+
+def sampling(
+    model: Any, sampler: Any, stages: Sequence[Stage], path: paths.DiscreteVP, grid: np.ndarray, shape: Any,
+    options: dict[str, Any],
+) -> tuple[Halved, Sequence[Stage], dict[str, Any]]:  # fmt: skip
+    """What the loop runs in place of a model of doubled channels: of DDPM with the learned variance, of others without.
+
+    Raises:
+        ValueError: a batch_size that splits the batch, with DDPM.
+    """
+    halved, dtype = Halved(model), options.get("dtype", torch.float32)
+    options = dict(options)
+    if options.get("model_dtype") is None:
+        options["model_dtype"] = network.dtype_of(model, dtype)
+    start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
+    if options.get("device") is None:
+        options["device"] = network.device_of(model) if start is None else start.device
+    size = shape if start is None else tuple(start.shape)
+    if not isinstance(sampler, DDPM) or size is None:
+        return halved, stages, options
+    batch_size = options.get("batch_size")
+    if batch_size is not None and batch_size < size[0]:
+        raise ValueError(f"batch_size: expected None, or the whole batch, with a learned variance, got {batch_size}")
+    low, high = ranges(path, grid[:-1], grid[1:])
+    plain = np.array([path.sigma(s) == 0.0 for s in grid[1:].tolist()])
+    low = np.where(plain, np.nan, low)
+    given = options.get("step_noise")
+    if given is None:
+        source = _source(options)
+
+        def drawn(k: int) -> Tensor:
+            return ops.randn(size, noise=source.at(Purpose.STEP, k), device=options["device"], dtype=dtype)
+
+        z: Callable[[int], Tensor] = drawn
+    else:
+        z = given if callable(given) else given.__getitem__
+    options["step_noise"] = Learned(halved, z, low.tolist(), high.tolist(), options.get("guidance_scale") is not None)
+    changed = [
+        stage if end else dataclasses.replace(stage, out=dataclasses.replace(stage.out, z=1.0))
+        for stage, end in zip(stages, plain, strict=True)
+    ]
+    return halved, changed, options
+
+
+def _source(options: Mapping[str, Any]) -> Noise:
+    """The Noise that the loop will settle on: where it draws a seed, the same of a copy of the generator."""
+    if isinstance(options.get("noise"), Noise):
+        found: Noise = options["noise"]
+        return found
+    if options.get("seed") is not None:
+        return Noise(options["seed"])
+    generator = options.get("generator") or torch.default_generator
+    return Noise.fresh(torch.Generator(generator.device).set_state(generator.get_state()))
