@@ -99,7 +99,7 @@ void reduce_cpu(const ReduceArgs& args, const Parallel& parallel) {
   const int64_t chunks = chunks_per_sample(walk.n);
   auto* partials = static_cast<double*>(args.workspace);
   if (walk.batch > 0 && walk.n > 0) {
-    ReduceContext context{{&args.map, &walk, args.rho, partials}, chosen().load()};
+    ReduceContext context{{&args.map, &walk, args.rho, args.scale, partials}, chosen().load()};
     parallel.run(walk.batch * chunks, grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
       const auto* context = static_cast<const ReduceContext*>(c);
       context->isa->reduce(context->args, begin, end);

@@ -15,6 +15,7 @@ struct ReduceCpu {
   const MapArgs* map;
   const Walk* walk;
   Rho rho;
+  double scale;
   double* partials;  // [tasks, 2]: sum of rho, unmasked elements
 };
 

@@ -5,7 +5,7 @@
 //   out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
 //
 // map applies a row of coefficients; reduce applies one with one output, the residual r,
-// writes mask * r (mask * sign(r) for absolute values) and sums mask * rho(r) over each sample.
+// writes scale * mask * r (scale * mask * sign(r) for absolute values) and sums mask * rho(r) over each sample.
 #pragma once
 
 #include <cstddef>
@@ -89,6 +89,7 @@ struct MapArgs {
 struct ReduceArgs {
   MapArgs map;  // one output: the residual
   Rho rho = Rho::square;
+  double scale = 1.0;         // of the residual as it is written, so that it is the gradient of a loss already
   void* sums = nullptr;       // [B, 2] of the arithmetic's type: sum of mask * rho, sum of the mask (n without one)
   void* workspace = nullptr;  // reduce_workspace() bytes
 };

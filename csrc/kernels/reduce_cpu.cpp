@@ -80,6 +80,10 @@ void reduce_typed(const ReduceCpu& args, int64_t begin, int64_t end) {
     } else {
       sum = sum_rho(args.rho, r, span.count);
     }
+    if (args.scale != 1.0) {
+      const Acc scale = static_cast<Acc>(args.scale);
+      for (int i = 0; i < span.count; ++i) r[i] = scale * r[i];
+    }
     store(span, kInputs, map.out[0], r);
     args.partials[2 * task] += sum;
     args.partials[2 * task + 1] += elements;

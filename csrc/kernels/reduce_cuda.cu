@@ -1,5 +1,5 @@
-// reduce on CUDA: r = row(x, m, ...); mask * r (mask * sign(r)) is written; sums of mask * rho(r) and of the mask, a
-// sample.
+// reduce on CUDA: r = row(x, m, ...); scale * mask * r (scale * mask * sign(r)) is written; sums of mask * rho(r) and
+// of the mask, a sample.
 //
 // Two launches and no atomics: each block sums its chunks in a fixed tree, then one block a sample sums the blocks. The
 // same bits each run.
@@ -23,7 +23,7 @@ __device__ __forceinline__ void sum_along_x(Acc (*sums)[2]) {
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, V::kBlocks)
-    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, double* partials) {
+    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, typename V::Acc scale, double* partials) {
   using Acc = typename V::Acc;
   constexpr int kVec = V::kVec;
   __shared__ Shared<Acc> shared;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
         const Acc weight = masked ? mask[i] : Acc(1);
         const Acc v = weight != Acc(0) ? r[0][i] : Acc(0);
         if (masked) elements += weight;
-        r[0][i] = weight * rho_of(weight, v);
+        r[0][i] = scale * (weight * rho_of(weight, v));
       }
     };
     if (rho == Rho::square) {
@@ -104,7 +104,8 @@ struct Reduce {
     const int most = std::max(most_chunks(args.map, V::kVec), static_cast<int>(long_sample));
     const Launch laid = lay<V>(args.map, walk, most, pass);
     auto* partials = static_cast<double*>(args.workspace);
-    if (walk.n > 0) reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, partials);
+    const auto scale = static_cast<Acc>(args.scale);
+    if (walk.n > 0) reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, scale, partials);
     finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(
         partials, walk.n > 0 ? pass.blocks : 0, static_cast<Acc*>(args.sums));
   }

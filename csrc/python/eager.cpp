@@ -299,6 +299,14 @@ PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
     View view;
     if (!loss || !fresh_view(loss.ptr(), view)) return {};
     void* const total = view.data;
+    // What is stored is the gradient already, so that a backward whose own gradient is 1 has nothing to do. In float16
+    // it would underflow: 1 / numel is there before a GradScaler's factor is.
+    double left = scale;
+    if (gradients && args.map.out[0].dtype != DType::f16) {
+      const double of_rho = args.rho == Rho::square ? 2.0 : 1.0;
+      args.scale = of_rho * scale;
+      left = 1.0 / of_rho;
+    }
     const View& like = t.like_view;
     if (!without_lock(like, [&] {
           return torch_side().launcher->loss(args, scale, total, like.device.cuda, like.device.index);
@@ -306,7 +314,9 @@ PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
       return {};
     }
     if (!gradients) return loss;
-    const py::object tied = differentiable(loss_function, t, {}, kind, given[8], py::make_tuple(residual, loss), true);
+    const py::float_ more(left);
+    const py::object tied =
+        differentiable(loss_function, t, {}, kind, more.ptr(), py::make_tuple(residual, loss), true);
     return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tied.ptr(), 1));
   });
 }

@@ -47,14 +47,20 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
     echo(f"{facts['name']}, torch {torch.__version__}, float32 tensors of {setup.mib:g} MiB")
     if compiler.reason:
         echo(compiler.reason)
-    for row in measured(setup, compiler):
-        rows.append(row)
-        echo(table.line(row))
+    stem = machine.slug(setup.device)
+
+    def keep() -> None:
+        """What is measured so far: a run that is broken off leaves it, for --redraw."""
+        (setup.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+
     if host.asked(setup.only):
         small = result["host"] = host.measured(setup.device)
         echo(table.host(small))
-    stem = machine.slug(setup.device)
-    (setup.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in measured(setup, compiler):
+        rows.append(row)
+        echo(table.line(row))
+        keep()
+    keep()
     draw(result, setup.out, stem)
     if setup.readme is not None:
         table.rewrite(setup.readme, list(results_in(setup.out).values()))
