@@ -88,6 +88,8 @@ def terms(named: Iterable[tuple[str, Any]]) -> None:
                 raise ValueError(f"{name}: expected at most {MAX_DIMS} dimensions, got {len(shape)}")
             if not is_float(dtype):
                 raise TypeError(f"{name}: expected {FLOATS}, got {dtype}")
+            if tensor:
+                strided(name, value)
             continue
         if type(value) is not kind and (is_tensor(value) is not tensor or not (tensor or is_array(value))):
             wanted = "a torch tensor" if tensor else "a NumPy array"
@@ -96,12 +98,20 @@ def terms(named: Iterable[tuple[str, Any]]) -> None:
             raise ValueError(f"{name}: expected shape {tuple(shape)} like {first_name}, got {tuple(value.shape)}")
         if tensor and value.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {value.device}")
+        if tensor:
+            strided(name, value)
         if value.dtype == dtype:
             continue
         if not is_float(value.dtype):
             raise TypeError(f"{name}: expected {FLOATS}, got {value.dtype}")
         if value.dtype.itemsize > dtype.itemsize:
             raise TypeError(f"{name}: expected {dtype} like {first_name}, or a lower precision, got {value.dtype}")
+
+
+def strided(name: str, value: Any) -> None:
+    """A tensor that has strides: no sparse one."""
+    if value.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{name}: expected a strided tensor, got one of layout {value.layout}")
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:

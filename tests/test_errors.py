@@ -47,6 +47,16 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.add_noise(x(), 0.5, 0.5, noise=x(2)), ValueError, "noise: expected shape (4, 3, 8) like x, got (2,)"),
     (lambda: ops.euler_step(x(), x().to("meta"), 0.1), ValueError, "v: expected device cpu like x, got meta"),
     (
+        lambda: ops.euler_step(torch.eye(4).to_sparse(), torch.eye(4), 0.1),
+        TypeError,
+        "x: expected a strided tensor, got one of layout torch.sparse_coo",
+    ),
+    (
+        lambda: ops.path_loss(torch.eye(4), torch.eye(4).to_sparse_csr(), x_coef=1.0),
+        TypeError,
+        "x: expected a strided tensor, got one of layout torch.sparse_csr",
+    ),
+    (
         lambda: ops.euler_step(x().long(), x(), 0.1),
         TypeError,
         "x: expected float32, float16, bfloat16 or float64, got torch.int64",
