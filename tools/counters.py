@@ -1,0 +1,107 @@
+"""Counter readings of the CUDA passes, by Nsight Compute: what each is bound by.
+
+    python tools/counters.py [--out benchmarks/counters]
+
+Runs itself under ncu, reads the metrics of one launch of each pass and writes <machine>-counters.json, which
+tools/speed_targets.py puts into docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import genkern as gk
+from genkern.bench import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = (4096, 4, 64, 64)  # 2^26 elements
+METRICS = {
+    "gpu__time_duration.sum": "us",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue slots",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "integer pipe",
+    "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active": "multiply-add pipes",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def passes() -> dict[str, Callable[[], Any]]:
+    """The passes by name, each one launch."""
+    found: dict[str, Callable[[], Any]] = {}
+    noise = gk.Noise(seed=1)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        x, m, out = (torch.randn(SHAPE, device="cuda").to(dtype) for _ in range(3))
+        last, to = (t.contiguous(memory_format=torch.channels_last) for t in (x, out))
+        found |= {
+            f"randn, {name}": lambda out=out: gk.ops.randn(SHAPE, noise=noise, out=out),
+            f"add_noise, {name}": lambda x=x, out=out: gk.ops.add_noise(x, 0.8, 0.6, noise=noise, out=out),
+            f"add_noise, channels_last, {name}": lambda x=last, out=to: gk.ops.add_noise(
+                x, 0.8, 0.6, noise=noise, out=out
+            ),
+            f"euler_step, {name}": lambda x=x, m=m, out=out: gk.ops.euler_step(x, m, 0.1, out=out),
+            f"path_loss, {name}": lambda x=x, m=m: gk.ops.path_loss(m, x, x_coef=1.0, noise_coef=-1.0, noise=noise),
+        }
+    return found
+
+
+def launch() -> None:
+    """Every pass once, after one that sets the library up; ncu counts the kernels of map and reduce."""
+    for run in passes().values():
+        run()
+    torch.cuda.synchronize()
+
+
+def readings(text: str) -> list[dict[str, float]]:
+    """The metrics of every launch that ncu's CSV holds, in the order of launches."""
+    lines = text.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith('"ID"'))
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+        value = float(row["Metric Value"].replace(",", ""))
+        if row["Metric Unit"] in ("ns", "nsecond"):
+            value /= 1e3
+        found.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = value
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "counters")
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.launch:
+        return launch()
+    command = ["ncu", "--csv", "--clock-control", "none", "--metrics", ",".join(METRICS)]
+    command += ["--kernel-name", "regex:map_kernel|reduce_kernel", sys.executable, __file__, "--launch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"ncu: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    names, found = list(passes()), readings(done.stdout)
+    # path_loss launches a second reduction, over the batch.
+    kernels = iter(found)
+    rows = {}
+    for name in names:
+        rows[name] = next(kernels)
+        if name.startswith("path_loss"):
+            next(kernels)
+    device = torch.device("cuda")
+    result = {"machine": machine.describe(device), "passes": rows}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{machine.slug(device)}-counters.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
