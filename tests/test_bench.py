@@ -200,6 +200,22 @@ def a_result(device="cpu", name="A processor", median=1e-3):
     return {"machine": facts, "arguments": {"mib": 1.0}, "rows": rows}
 
 
+def test_rows_of_a_former_run_stay_until_they_are_measured_again():
+    former, now = a_result(), a_result(median=2e-3)
+    former["rows"].append({**former["rows"][0], "dtype": "bfloat16"})
+    now["machine"] = {**now["machine"], "date": "2021-01-01T00:00:00"}
+    found = run.with_earlier(now, former)
+    assert [(row["dtype"], row.get("earlier")) for row in found["rows"]] == [
+        ("float32", None),
+        ("bfloat16", "2020-01-01T00:00:00"),
+    ]
+    again = run.with_earlier(a_result(), found)
+    assert again["rows"][1]["earlier"] == "2020-01-01T00:00:00"
+    assert run.with_earlier({**now, "arguments": {"mib": 2.0}}, former)["rows"] == now["rows"]
+    text = table.section(found)
+    assert "| euler_step † | bfloat16 |" in text and "† of an earlier run (2020-01-01 00:00 UTC)" in text
+
+
 def test_the_readme_is_rewritten_between_its_markers_and_nowhere_else(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter | old\n")

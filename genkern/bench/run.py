@@ -48,10 +48,12 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
     if compiler.reason:
         echo(compiler.reason)
     stem = machine.slug(setup.device)
+    path = setup.out / f"{stem}.json"
+    former = json.loads(path.read_text()) if path.exists() else None
 
     def keep() -> None:
         """What is measured so far: a run that is broken off leaves it, for --redraw."""
-        (setup.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(with_earlier(result, former), indent=1) + "\n")
 
     if host.asked(setup.only):
         small = result["host"] = host.measured(setup.device)
@@ -61,10 +63,21 @@ def run(setup: Setup, echo: Echo = print) -> dict[str, Any]:
         echo(table.line(row))
         keep()
     keep()
-    draw(result, setup.out, stem)
+    draw(with_earlier(result, former), setup.out, stem)
     if setup.readme is not None:
         table.rewrite(setup.readme, list(results_in(setup.out).values()))
     return result
+
+
+def with_earlier(result: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
+    """A result, and after its rows those of a former one, of tensors as large, that it has not measured again. Such a
+    row says in "earlier" when it was measured."""
+    if former is None or former["arguments"]["mib"] != result["arguments"]["mib"]:
+        return result
+    measured = {(row["case"], row["dtype"]) for row in result["rows"]}
+    others = [row for row in former["rows"] if (row["case"], row["dtype"]) not in measured]
+    date = former["machine"]["date"]
+    return {**result, "rows": [*result["rows"], *({**row, "earlier": row.get("earlier", date)} for row in others)]}
 
 
 def redraw(what: Redraw) -> None:

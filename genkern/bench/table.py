@@ -9,6 +9,7 @@ from typing import Any
 from .world import CAREFUL, COMPILED, FLOOR, FLOOR_GRAPHED, GENKERN, GRAPHED, TEXTBOOK
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+EARLIER = "†"
 KINDS = ("op", "training", "normals", "loop")
 BASELINES = (TEXTBOOK, CAREFUL, COMPILED)
 
@@ -39,7 +40,14 @@ def section(result: dict[str, Any]) -> str:
         parts += make(rows)
     if "host" in result:
         parts.append(host(result["host"]))
+    if dates := sorted({row["earlier"][:16].replace("T", " ") for row in rows if "earlier" in row}):
+        parts.append(f"{EARLIER} of an earlier run ({', '.join(dates)} UTC), of the kernels as they were then.\n")
     return "\n".join(parts)
+
+
+def named(row: dict[str, Any]) -> str:
+    """The case, marked where an earlier run has measured it."""
+    return f"{row['case']} {EARLIER}" if "earlier" in row else str(row["case"])
 
 
 def host(rows: Sequence[dict[str, Any]]) -> str:
@@ -98,7 +106,7 @@ def _ops(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in chosen:
         own = row["seconds"][GENKERN]
-        cells = [row["case"], row["dtype"], duration(own["median"]), *([duration(own["host"])] if hosted else [])]
+        cells = [named(row), row["dtype"], duration(own["median"]), *([duration(own["host"])] if hosted else [])]
         cells += [three(row["bytes_per_second"][GENKERN] * 1e-9), f"{row['ratio_to_copy']:.2f}"]
         lines.append([*cells, *_speedups(row)])
     return [_table(head, lines, left=(0, 1, len(head) - 1))]
@@ -113,9 +121,7 @@ def _memory(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in chosen:
         peaks = {name: times["peak"] for name, times in row["seconds"].items() if "peak" in times}
-        lines.append(
-            [row["case"], row["dtype"], *(_mebibytes(peaks[name]) if name in peaks else "-" for name in names)]
-        )
+        lines.append([named(row), row["dtype"], *(_mebibytes(peaks[name]) if name in peaks else "-" for name in names)])
     return [_table(["peak memory", "dtype", *names], lines, left=(0, 1))]
 
 
@@ -139,7 +145,7 @@ def _normals(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in chosen:
         each = row["nanoseconds_each"]
         values = [f"{each[name]:.3f}" if name in each else "" for name in names]
-        lines.append([row["case"], *values, _times(row, TEXTBOOK), _times(row, CAREFUL)])
+        lines.append([named(row), *values, _times(row, TEXTBOOK), _times(row, CAREFUL)])
     return [_table(head, lines, left=(0,))]
 
 
@@ -153,7 +159,7 @@ def _loops(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in chosen:
         seconds = {name: duration(times["median"]) for name, times in row["seconds"].items()}
-        cells = [row["case"], str(row["count"]), seconds[GENKERN], seconds[FLOOR]]
+        cells = [named(row), str(row["count"]), seconds[GENKERN], seconds[FLOOR]]
         cells.append(f"{row['microseconds_a_step_over_the_network']:.1f} us")
         if graphed:
             cells += [seconds.get(GRAPHED, "-"), seconds.get(FLOOR_GRAPHED, "-")]
