@@ -10,7 +10,9 @@ from .euler import Euler
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
+from .midpoint import Midpoint
 from .parameterization import OnPath, Parameterization, Preconditioned
+from .rk4 import RK4
 from .table import Sampler, Stage
 from .unipc import UniPC
 
@@ -18,11 +20,13 @@ __all__ = [
     "DDIM",
     "DDIMInversion",
     "DDPM",
+    "RK4",
     "DPMSolver",
     "DPMSolverSDE",
     "Euler",
     "EulerAncestral",
     "Heun",
+    "Midpoint",
     "Multistep",
     "OnPath",
     "Options",
