@@ -22,7 +22,7 @@ from .flow import Flow
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._training import LossOptions
+    from ._training import LossOptions, Times
 
 
 class FlowMatching(Flow):
@@ -44,13 +44,17 @@ class FlowMatching(Flow):
         check.choice("path", path, ("cond_ot",))
         self.path = paths.CondOT(sigma_min)
 
-    def loss(self, model: Any, x: Tensor, *, t: Any = None, **options: Unpack[LossOptions]) -> Tensor:
+    def loss(
+        self, model: Any, x: Tensor, *, t: Any = None, times: Times = None, **options: Unpack[LossOptions]
+    ) -> Tensor:
         """Eq. (13.23), one fused pass before the network and one after it.
 
         Args:
             model: called as model(x_t, t, **cond).
             x: data, the seed's x_1.  [B, ...], floating.
-            t: [B] or a number, in [0, 1]; default uniform.
+            t: [B] or a number, in [0, 1]; default drawn.
+            times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
+                genkern.flows; or t itself. Default uniform.
             options: LossOptions.
 
         Returns:
@@ -60,7 +64,7 @@ class FlowMatching(Flow):
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
         """
         batch = Batch(model, x, options)
-        t = batch.uniform() if t is None else batch.given_time("t", t, 0.0, 1.0)
+        t = batch.times(t, times, 0.0, 1.0)
         noising = Row((Out(x=t, z=self.path.sigma(t)),))
         (x_t,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
         m = batch.call(x_t, t)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._training import LossOptions
+    from ._training import LossOptions, Times
 
 
 class RectifiedFlow(Flow):
@@ -45,7 +45,14 @@ class RectifiedFlow(Flow):
         self.path = paths.CondOT(0.0)
 
     def loss(
-        self, model: Any, x1: Tensor, x0: Tensor | None = None, *, t: Any = None, **options: Unpack[LossOptions]
+        self,
+        model: Any,
+        x1: Tensor,
+        x0: Tensor | None = None,
+        *,
+        t: Any = None,
+        times: Times = None,
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.24), one fused pass before the network and one after it.
 
@@ -53,7 +60,9 @@ class RectifiedFlow(Flow):
             model: called as model(x_t, t, **cond).
             x1: data.  [B, ...], floating.
             x0: its coupled source.  [B, ...], of x1's dtype or a lower precision; None: independent N(0, I).
-            t: [B] or a number, in [0, 1]; default uniform.
+            t: [B] or a number, in [0, 1]; default drawn.
+            times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
+                genkern.flows; or t itself. Default uniform.
             options: LossOptions.
 
         Returns:
@@ -66,7 +75,7 @@ class RectifiedFlow(Flow):
         if x0 is not None and isinstance(options.get("noise"), Tensor):
             raise ValueError("noise: expected a Noise beside x0, which takes the noise's place, got a tensor")
         batch = Batch(model, x1, options)
-        t = batch.uniform() if t is None else batch.given_time("t", t, 0.0, 1.0)
+        t = batch.times(t, times, 0.0, 1.0)
         if x0 is None:
             noising = Row((Out(x=t, z=1.0 - t),))
             (x_t,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
