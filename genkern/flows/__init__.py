@@ -1,5 +1,6 @@
-"""Around flows: training times, divergences, dequantisation."""
+"""Around flows: couplings, training times, divergences, dequantisation."""
 
+from .couplings import Independent, Optimal, Sinkhorn
 from .dequantization import bits_per_dim, dequantize
 from .divergence import Exact, Hutchinson
 from .times import Beta, LogitNormal, Stratified, Times, Uniform, UShaped
@@ -8,7 +9,10 @@ __all__ = [
     "Beta",
     "Exact",
     "Hutchinson",
+    "Independent",
     "LogitNormal",
+    "Optimal",
+    "Sinkhorn",
     "Stratified",
     "Times",
     "UShaped",

@@ -144,6 +144,25 @@ class Batch:
             raise ValueError(f"times: expected a tensor of shape ({self.size},) from the callable, got {got}")
         return self.given_time("times", found, low, high)
 
+    def coupled(self, x0: Tensor | None, coupling: Any) -> Noise | Tensor:
+        """The sources of the data, x0 or the noise, in the order of a coupling (flows.couplings); without one as they
+        are, and noise that is named stays so."""
+        given = self.z if x0 is None else x0
+        if coupling is None:
+            return given
+        if not callable(coupling):
+            raise TypeError(f"coupling: expected a callable, got {type(coupling).__name__}")
+        if isinstance(given, Noise):
+            given = ops.randn(tuple(self.x.shape), noise=given, device=self.device, dtype=self.x.dtype)
+        chance = self.source.at(Purpose.TIMES, 1)
+        u = ops.uniform((self.size,), noise=chance, device=self.device, dtype=torch.float64)
+        with torch.no_grad():
+            index = coupling(given, self.x, self.cond, u)
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (self.size,):
+            got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise ValueError(f"coupling: expected an index of int64 and shape ({self.size},), got {got}")
+        return given.index_select(0, index)
+
     def call(self, x: Tensor, t: Tensor, model: Any = None, name: str = "model") -> Tensor:
         """The network, or another, at (x, t)."""
         found = network.call(self.model if model is None else model, x, t, self.cond, name)

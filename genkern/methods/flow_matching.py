@@ -22,6 +22,7 @@ from .flow import Flow
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..flows.couplings import Coupling
     from ._training import LossOptions, Times
 
 
@@ -45,7 +46,14 @@ class FlowMatching(Flow):
         self.path = paths.CondOT(sigma_min)
 
     def loss(
-        self, model: Any, x: Tensor, *, t: Any = None, times: Times = None, **options: Unpack[LossOptions]
+        self,
+        model: Any,
+        x: Tensor,
+        *,
+        t: Any = None,
+        times: Times = None,
+        coupling: Coupling | None = None,
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.23), one fused pass before the network and one after it.
 
@@ -55,7 +63,9 @@ class FlowMatching(Flow):
             t: [B] or a number, in [0, 1]; default drawn.
             times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
                 genkern.flows; or t itself. Default uniform.
-            options: LossOptions.
+            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
+                as flows.couplings has it; default independent.
+            options: LossOptions; noise as a tensor is x0, from any source.
 
         Returns:
             The loss, float32: mean over a sample's elements, then over the batch of weight times that.
@@ -65,7 +75,8 @@ class FlowMatching(Flow):
         """
         batch = Batch(model, x, options)
         t = batch.times(t, times, 0.0, 1.0)
+        z = batch.coupled(None, coupling)
         noising = Row((Out(x=t, z=self.path.sigma(t)),))
-        (x_t,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
+        (x_t,) = apply_row(noising, x=batch.x, noise=z, dtypes=(batch.model_dtype,))
         m = batch.call(x_t, t)
-        return batch.loss(m, batch.x, t, x_coef=1.0, noise_coef=self.path.d_sigma(0.0), noise=batch.z)
+        return batch.loss(m, batch.x, t, x_coef=1.0, noise_coef=self.path.d_sigma(0.0), noise=z)
