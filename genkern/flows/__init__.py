@@ -1,8 +1,9 @@
-"""Around flows: couplings, training times, divergences, dequantisation."""
+"""Around flows: couplings, training times, the marginal field, divergences, dequantisation."""
 
 from .couplings import Independent, Optimal, Sinkhorn
 from .dequantization import bits_per_dim, dequantize
 from .divergence import Exact, Hutchinson
+from .marginal import MarginalField
 from .times import Beta, LogitNormal, Stratified, Times, Uniform, UShaped
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Hutchinson",
     "Independent",
     "LogitNormal",
+    "MarginalField",
     "Optimal",
     "Sinkhorn",
     "Stratified",
