@@ -118,7 +118,7 @@ def test_heun_is_the_written_out_loop():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"path": "vp"}, "path: expected one of 'cond_ot', got 'vp'"),
+    ({"path": "sine"}, "path: expected one of 'cond_ot', 'cosine', 'vp', got 'sine'"),
     ({"sigma_min": -0.1}, "sigma_min: expected a number from 0 to 1"),
     ({"sigma_min": 1.0}, "sigma_min: expected a number from 0 to 1"),
 ])  # fmt: skip

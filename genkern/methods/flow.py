@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import check, grids, ops, paths
 from ..noise import Purpose
-from ..samplers import RK4, Euler, Heun, Midpoint, OnPath, loop, network
+from ..samplers import RK4, Along, Euler, Heun, Midpoint, OnPath, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._density import DensityRun
 
@@ -45,6 +45,17 @@ def _grid(steps: int | None, times: Any, forward: bool) -> np.ndarray:
         order, direction = ("increasing", "forward") if forward else ("decreasing", "backward")
         raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
     return grid
+
+
+def flow_path(name: str, path: Any) -> paths.Path:
+    """A path on [0, 1] with the noise at 0. TypeError: no path. ValueError: another path."""
+    if not isinstance(path, paths.Path):
+        raise TypeError(f"{name}: expected a path, got {type(path).__name__}")
+    if (path.start, path.stop) != (0.0, 1.0):
+        raise ValueError(f"{name}: expected a path on t from 0 to 1, got one from {path.start} to {path.stop}")
+    if not path.alpha(0.0) * path.sigma(1.0) < path.alpha(1.0) * path.sigma(0.0):
+        raise ValueError(f"{name}: expected noise at t = 0 and data at t = 1, got the other way round: paths.Reversed")
+    return path
 
 
 def sampler_named(sampler: str | Sampler) -> Sampler:
@@ -85,6 +96,7 @@ class Flow:
         direction: str = "forward",
         x0: Tensor | None = None,
         x1: Tensor | None = None,
+        along: paths.Path | None = None,
         **options: Unpack[loop.Options],
     ) -> Any:
         """Solve dx/dt = v(x, t), eq. (13.14): from noise or a source at t = 0 to data at t = 1, or back.
@@ -97,8 +109,9 @@ class Flow:
             sampler: "euler", "midpoint", "heun", "rk4" or a Sampler.
             times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward).
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
-            x0: the initial state of "forward"; default N(0, I).
+            x0: the initial state of "forward"; default N(0, sigma(0)^2 I).
             x1: the initial state of "backward".
+            along: another path on [0, 1] to solve along (samplers.Along): times, states and sources are that path's.
             options: samplers.Options.
 
         Returns:
@@ -116,8 +129,10 @@ class Flow:
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
         grid = _grid(steps, times, forward)
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), grid)
-        return loop.run(model, stages, shape, start=start, **loop.known(options))
+        trained = OnPath(self.path, "velocity")
+        path = self.path if along is None else flow_path("along", along)
+        stages = stages_of(sampler_named(sampler), trained if along is None else Along(trained, path), grid)
+        return loop.run(model, stages, shape, start=start, scale=path.sigma(0.0), **loop.known(options))
 
     def log_prob(
         self,

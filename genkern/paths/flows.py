@@ -37,6 +37,9 @@ class CondOT(Path):
         self.on_path(t)
         return -(1.0 - self.sigma_min)
 
+    def time_at(self, noise_level: Any) -> Any:
+        return 1.0 / (noise_level + 1.0 - self.sigma_min)
+
 
 class VE(Path):
     """The variance-exploding path of section 13.4, (13.25) with sqrt(2t): alpha = 1, sigma = t, t in [0, stop]."""
@@ -60,3 +63,6 @@ class VE(Path):
     def d_sigma(self, t: Any) -> Any:
         self.on_path(t)
         return 1.0
+
+    def time_at(self, noise_level: Any) -> Any:
+        return noise_level

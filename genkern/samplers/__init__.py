@@ -1,5 +1,6 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from .along import Along
 from .ancestral import EulerAncestral
 from .consistency import Multistep
 from .ddim import DDIM
@@ -21,6 +22,7 @@ __all__ = [
     "DDIMInversion",
     "DDPM",
     "RK4",
+    "Along",
     "DPMSolver",
     "DPMSolverSDE",
     "Euler",
