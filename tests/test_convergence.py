@@ -47,7 +47,7 @@ def test_order_of_backward_flow_samplers_on_a_mixture(sampler, order):
     assert found == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("sampler, order", FLOW_ORDERS)
 def test_order_on_the_karras_grid_without_the_final_zero(sampler, order):
     consistency = gk.Consistency()
     network = DenoiserNetwork(mixture())

@@ -191,8 +191,47 @@ def test_exact_divergence_is_the_trace_of_the_jacobian(chunk, dtype):
     jacobian = torch.func.vmap(torch.func.jacrev(lambda one: field(one[None])[0]))(x)
     expected = jacobian.reshape(3, 8, 8).diagonal(dim1=1, dim2=2).sum(1)
     assert torch.equal(v, field(x))
+    assert found.dtype == (F64 if dtype == F64 else torch.float32)
     tolerance = {"rtol": 0.02, "atol": 0.1} if dtype.itemsize == 2 else {}
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(found, expected.to(found.dtype), **tolerance)
+
+
+class Network(nn.Module):
+    """What image networks are made of, beside an op of genkern."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.norm, self.out = (
+            nn.Conv2d(2, 8, 3, padding=1),
+            nn.GroupNorm(2, 8),
+            nn.Conv2d(8, 2, 3, padding=1),
+        )
+
+    def forward(self, x, t):
+        h = nn.functional.silu(self.norm(self.into(x)))
+        tokens = h.flatten(2).mT[:, None]
+        h = h + nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].mT.reshape(h.shape)
+        return gk.ops.euler_step(x, self.out(h), 0.5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_exact_divergence_of_an_image_network_is_the_trace_of_its_jacobian(layout):
+    model = Network().double()
+    x = torch.randn(2, 2, 3, 4, dtype=F64).to(memory_format=layout)
+    expected = torch.autograd.functional.jacobian(lambda x: model(x, None), x).reshape(2, 24, 2, 24)
+    trace = torch.stack([expected[b, :, b].trace() for b in range(2)])
+    for chunk in (1, 7, 32):
+        torch.testing.assert_close(flows.Exact(chunk)(lambda x: model(x, None), x)[1], trace)
+
+
+def test_inference_mode_changes_nothing():
+    model, x = Linear(6), torch.randn(3, 6, dtype=F64)
+    data, drawn = FLOW.log_prob(model, x, steps=2, dtype=F64), FLOW.sample_with_log_prob(model, (3, 6), steps=2, seed=0)
+    with torch.inference_mode():
+        assert torch.equal(FLOW.log_prob(model, x.clone(), steps=2, dtype=F64), data)
+        again = FLOW.sample_with_log_prob(model, (3, 6), steps=2, seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(again, drawn, strict=True))
+        assert torch.equal(flows.Exact()(lambda x: x.sin(), x.clone())[1], x.cos().sum(1))
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])

@@ -181,6 +181,18 @@ def test_change_of_path_takes_every_sampler_and_option_of_the_loop():
         torch.testing.assert_close(got, gk.FlowMatching(path).sample(own, (8, 2), **options), rtol=1e-6, atol=1e-6)
 
 
+def test_captured_loops_tell_the_paths_apart(captures):
+    flow, model = gk.RectifiedFlow(), nn.Linear(4, 4).eval()
+
+    def network(x, t):
+        return model(x).sin() + t[:, None]
+
+    for along in (None, paths.Cosine(), paths.Polynomial(2.0), None, paths.Cosine()):
+        wanted = flow.sample(network, (5, 4), steps=4, seed=1, along=along)
+        assert torch.equal(flow.sample(network, (5, 4), steps=4, seed=1, along=along, cuda_graph=True), wanted)
+    assert captures
+
+
 @pytest.mark.parametrize("make, error, words", [
     (lambda: gk.FlowMatching(paths.LinearVP()), ValueError, "path: expected noise at t = 0 and data at t = 1"),
     (lambda: gk.FlowMatching(paths.VE(5.0)), ValueError, "path: expected a path on t from 0 to 1, got"),

@@ -29,7 +29,8 @@ class Exact:
     """f(x) and div f(x), to rounding.
 
     Args:
-        chunk: unit vectors at once, >= 1; memory grows with it.
+        chunk: unit vectors at once, >= 1; memory grows with it. Where torch cannot batch an operation of the network,
+            they go one by one.
         differentiable: keep the gradient of both.
     """
 
@@ -37,18 +38,18 @@ class Exact:
         self.chunk, self.differentiable = check.integer("chunk", chunk, 1), differentiable
 
     def __call__(self, f: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and its divergence [B], of f(x)'s dtype."""
+        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and its divergence [B], float32 (float64 for float64)."""
         v, x = _value(f, x, self.differentiable)
         size = math.prod(x.shape[1:])
-        found = torch.zeros(x.shape[0], dtype=v.dtype, device=x.device)
+        found = torch.zeros(x.shape[0], dtype=_sum_dtype(v), device=x.device)
         for low in range(0, size, self.chunk):
             count = min(self.chunk, size - low)
             units = torch.zeros(count, 1, size, dtype=v.dtype, device=x.device)
-            units[torch.arange(count), 0, torch.arange(low, low + count)] = 1.0
+            units[:, 0, low : low + count].diagonal().fill_(1.0)
             vectors = units.expand(count, x.shape[0], size).reshape(count, *x.shape)
             products = _products(v, x, vectors, self.differentiable).reshape(count, x.shape[0], size)
             diagonal = products[:, :, low : low + count].diagonal(dim1=0, dim2=2)  # [B, count]
-            found = found + diagonal.sum(1).to(v.dtype)
+            found = found + diagonal.sum(1, dtype=found.dtype)
         return _kept(v, found, self.differentiable)
 
 
@@ -64,13 +65,14 @@ class Hutchinson:
         self.probes, self.differentiable = probes, differentiable
 
     def __call__(self, f: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and the estimate [B], of f(x)'s dtype."""
+        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and the estimate [B], float32 (float64 for float64)."""
         v, x = _value(f, x, self.differentiable)
         repeats = x.shape[0] // max(self.probes.shape[1], 1)  # 2 under guidance
         z = torch.cat([self.probes] * repeats, dim=1).to(v.dtype)
         products = [_products(v, x, one[None], self.differentiable)[0] for one in z]
-        estimates = [(p * one).reshape(x.shape[0], -1).sum(1) for p, one in zip(products, z, strict=True)]
-        return _kept(v, torch.stack(estimates).mean(0).to(v.dtype), self.differentiable)
+        by_sample = [(p * one).reshape(x.shape[0], -1) for p, one in zip(products, z, strict=True)]
+        found = torch.stack([terms.sum(1, dtype=_sum_dtype(v)) for terms in by_sample]).mean(0)
+        return _kept(v, found, self.differentiable)
 
 
 def draw(
@@ -98,8 +100,13 @@ def draw(
     return torch.stack(found)
 
 
+def _sum_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
 def _value(f: Field, x: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x
         x = x if differentiable and x.requires_grad else x.detach().requires_grad_(True)
         return f(x), x
 
@@ -108,12 +115,22 @@ def _products(v: Tensor, x: Tensor, vectors: Tensor, differentiable: bool) -> Te
     """vectors^T J, [n, B, ...] like the vectors; zero where v does not depend on x."""
     if not v.requires_grad:
         return torch.zeros_like(vectors)
-    batched = vectors.shape[0] > 1
-    (found,) = torch.autograd.grad(
-        v, x, vectors if batched else vectors[0], retain_graph=True, create_graph=differentiable,
-        is_grads_batched=batched, allow_unused=True, materialize_grads=True,
-    )  # fmt: skip
-    return found if batched else found[None]
+
+    def product(vector: Tensor, batched: bool) -> Tensor:
+        (found,) = torch.autograd.grad(
+            v, x, vector, retain_graph=True, create_graph=differentiable, is_grads_batched=batched,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        return found
+
+    if vectors.shape[0] > 1:
+        try:
+            return product(vectors, True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):
+            pass  # an operation without a batching rule, such as a custom kernel: one by one; or an error met again
+    return torch.stack([product(vector, False) for vector in vectors])
 
 
 def _kept(v: Tensor, found: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:

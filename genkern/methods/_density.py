@@ -99,7 +99,9 @@ class DensityRun:
         if not self.shape[0]:
             return x, x.new_zeros(0)
         bounds = [(low, min(low + self._batch, self.shape[0])) for low in range(0, self.shape[0], self._batch)]
-        with contextlib.nullcontext() if self.differentiable else torch.no_grad():
+        # A divergence needs autograd, which inference mode would leave out without a word.
+        with torch.inference_mode(False), contextlib.nullcontext() if self.differentiable else torch.no_grad():
+            x = x.clone() if x.is_inference() else x
             parts = [self._part(stages, x, low, high) for low, high in bounds]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
