@@ -19,7 +19,7 @@ from genkern import paths
 F64 = torch.float64
 OPTIONS = {"dtype": F64, "seed": 0}
 SHAPE = (32, 2)
-FLOW_ORDERS = [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)]
+FLOW_ORDERS = [("euler", 1), ("ab2", 2), ("midpoint", 2), ("heun", 2), ("rk4", 4)]
 
 
 def observed_order(run, steps):

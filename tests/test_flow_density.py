@@ -89,7 +89,7 @@ def test_log_likelihood_of_a_mixture_is_its_density():
     torch.testing.assert_close(got, log_mixture(data, x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("ab2", 2), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_log_likelihood_converges_with_the_order_of_the_solver(sampler, order):
     data = mixture()
     x = data.sample(16, seed=3)
@@ -122,7 +122,7 @@ def test_state_and_integral_are_those_of_the_augmented_system():
     torch.testing.assert_close(log_prob, expected[:, 2], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "midpoint", "heun", "rk4"])
+@pytest.mark.parametrize("sampler", ["euler", "ab2", "midpoint", "heun", "rk4"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_samples_with_their_density_are_the_samples(sampler, guided):
     model = nn.Linear(4, 4)

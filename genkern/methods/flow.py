@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import check, grids, ops, paths
 from ..noise import Purpose
-from ..samplers import RK4, Along, Euler, Heun, Midpoint, OnPath, loop, network
+from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._density import DensityRun
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ._density import DensityOptions
 
-SAMPLERS: dict[str, Any] = {"euler": Euler, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
+SAMPLERS: dict[str, Any] = {"euler": Euler, "ab2": AB2, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
 DIRECTIONS = ("forward", "backward")
 
 
@@ -104,9 +104,9 @@ class Flow:
         Args:
             model: called as model(x, t, **cond).
             shape: [B, ...] of the state; not needed where it is given.
-            steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler", two with
-                "midpoint" and "heun", four with "rk4".
-            sampler: "euler", "midpoint", "heun", "rk4" or a Sampler.
+            steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler" and
+                "ab2", two with "midpoint" and "heun", four with "rk4".
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler.
             times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward).
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
             x0: the initial state of "forward"; default N(0, sigma(0)^2 I).
@@ -155,7 +155,7 @@ class Flow:
                 gradient by x.
             x: data.  [B, ...], floating.
             steps: of the solver, on an even grid; default 50.
-            sampler: "euler", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t).
             times: instead of steps: strictly decreasing times in [0, 1]; p_0 is at the last, x at the first.
             options: DensityOptions.
 

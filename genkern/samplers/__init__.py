@@ -1,5 +1,6 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from .ab2 import AB2
 from .along import Along
 from .ancestral import EulerAncestral
 from .consistency import Multistep
@@ -18,6 +19,7 @@ from .table import Sampler, Stage
 from .unipc import UniPC
 
 __all__ = [
+    "AB2",
     "DDIM",
     "DDIMInversion",
     "DDPM",
