@@ -174,6 +174,15 @@ def test_gradient_of_the_likelihood_is_that_of_the_closed_form():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sampler", ["ab2", "heun", "rk4"])
+def test_gradient_of_the_likelihood_by_the_data_is_the_score(sampler):
+    model, x = Linear(3), torch.randn(4, 3, dtype=F64, requires_grad=True)
+    options = {"steps": 20 if sampler == "rk4" else 400, "sampler": sampler, "dtype": F64}
+    (score,) = torch.autograd.grad(FLOW.log_prob(model, x, differentiable=True, batch_size=3, **options).sum(), x)
+    (expected,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_given_density_of_the_source_takes_the_normals_place():
     x = torch.rand(6, 2, dtype=F64)
     got = FLOW.log_prob(lambda x, t: -0.5 * x, x, steps=20, dtype=F64, source_log_prob=lambda x: x.new_zeros(len(x)))
@@ -300,6 +309,13 @@ def test_dequantised_bits_are_no_less_than_the_discrete_code_length():
     mid = (edges[:-1, None] + (torch.arange(1000, dtype=F64) + 0.5) / 1000).flatten()
     gap = (-normal.log_prob(mid) / math.log(2.0)).reshape(8, 1000).mean(1) - exact
     torch.testing.assert_close(bits - exact, gap, rtol=0, atol=0.04)
+
+
+def test_levels_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="k: expected a number from 0 to 15, got 0 to 16"):
+        flows.dequantize(torch.arange(17), 16)
+    with pytest.raises(ValueError, match="low, high: expected low < high"):
+        flows.bits_per_dim(torch.zeros(2), 3, low=1.0, high=1.0)
 
 
 @pytest.mark.parametrize("options, error, words", [

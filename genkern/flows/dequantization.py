@@ -35,9 +35,10 @@ def dequantize(
         x.  [B, ...], dtype.
 
     Raises:
-        ValueError: levels < 2, or not low < high.
+        ValueError: levels < 2, or not low < high; k outside 0 .. levels-1 (looked at on the host).
     """
     width = _cell(levels, low, high)
+    check.inside("k", k, 0, levels - 1)
     u = ops.uniform(tuple(k.shape), noise=Noise.fresh() if noise is None else noise, device=k.device, dtype=dtype)
     return low + width * (k.to(dtype) + u)
 

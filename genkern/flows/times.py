@@ -54,7 +54,7 @@ class LogitNormal(Times):
         mean: of logit t; above 0 the times lean toward the data.
         std: > 0.
 
-    Source: Esser et al., arXiv:2403.03206, eq. (19).
+    Source: Esser et al., arXiv:2403.03206.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
@@ -74,7 +74,7 @@ class UShaped(Times):
     Args:
         a: > 0; the density at the ends is cosh(a/2) times that in the middle.
 
-    Source: Lee, Lin, Fanti, arXiv:2405.20320, section 4.1 (a = 4): e^{at}, mirrored for half of the draws.
+    Source: Lee, Lin, Fanti, arXiv:2405.20320 (a = 4): draws of e^{at}, half of them mirrored.
     """
 
     def __init__(self, a: float = 4.0) -> None:

@@ -6,7 +6,7 @@
     Reversed       another path with its time the other way round: variance preserving, variance exploding
 
 Cosine is spherical interpolation: between orthogonal x0 and x1, as they nearly are in many dimensions, slerp has these
-weights. Albergo, Vanden-Eijnden, arXiv:2209.15571; Lipman et al., arXiv:2412.06264, section 4.
+weights. Albergo, Vanden-Eijnden, arXiv:2209.15571; Lipman et al., arXiv:2412.06264.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ so that the network, given x / c and s, tells the data y and the noise e of x, a
 ODEs have the same solutions; a solver on a grid finds different ones. Where the path's ends have other noise levels
 than the trained path's, there is no such s.
 
-Shaul et al., arXiv:2310.19075, section 3 (scale-time transformations); Karras et al., arXiv:2206.00364, section 3.
+Shaul et al., arXiv:2310.19075 (scale-time transformations); Karras et al., arXiv:2206.00364.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ class Along:
 
     def __init__(self, trained: OnPath, path: Path) -> None:
         self.trained, self.path = trained, path
+        self._matches: dict[float, tuple[float, float]] = {}  # a stage asks four times, and s may be found by bisection
 
     def _match(self, t: float) -> tuple[float, float]:
         """s and c."""
+        if t not in self._matches:
+            self._matches[t] = self._found(t)
+        return self._matches[t]
+
+    def _found(self, t: float) -> tuple[float, float]:
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         level, own = sigma / alpha if alpha else math.inf, self.trained.path
         s = float(own.time_at(level))

@@ -41,7 +41,7 @@ def walk(
         model: called as model(x, t, **cond).
         stages: that check_stages accepts.
         x: the initial state.  [B, ...], float32 or float64.
-        divergence: of divergence.py.
+        divergence: of a field f at x: f(x) and div f(x), such as flows.Exact().
         cond: of the model; of a doubled batch, unconditional first, where guidance is given.
         guidance: w, a number or [B]; None without.
         model_dtype: of the network's input.
