@@ -124,7 +124,7 @@ def test_state_and_integral_are_those_of_the_augmented_system():
 
 @pytest.mark.parametrize("sampler", ["euler", "ab2", "midpoint", "heun", "rk4"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_samples_with_their_density_are_the_samples(sampler, guided):
+def test_samples_with_their_density_are_the_samples(sampler, guided, kernels):
     model = nn.Linear(4, 4)
     options = {"seed": 5, "steps": 4, "sampler": sampler}
     if guided:
