@@ -21,6 +21,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "grids": ("grids", None),
     "samplers": ("samplers", None),
     "methods": ("methods", None),
+    "flows": ("flows", None),
     "training": ("training", None),
     "debug": ("_debug", "debug"),
     "Diffusion": ("methods", "Diffusion"),

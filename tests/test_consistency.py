@@ -327,7 +327,7 @@ def test_bad_argument_of_sample_is_named(options, words):
     ({"times": [1.0, 2.0]}, "times: expected decreasing times"),
     ({"times": [80.0, -1.0]}, "times: expected times from 0.0 to 80.0"),
     ({"times": [80.0, 1.0], "to_zero": True}, "to_zero: expected False beside times"),
-    ({"sampler": "ddim"}, "sampler: expected one of 'euler', 'heun', got 'ddim'"),
+    ({"sampler": "ddim"}, "sampler: expected one of 'euler', 'ab2', 'midpoint', 'heun', 'rk4', got 'ddim'"),
 ])  # fmt: skip
 def test_bad_argument_of_the_ode_is_named(options, words):
     with pytest.raises(ValueError, match=words):

@@ -19,6 +19,7 @@ from genkern import paths
 F64 = torch.float64
 OPTIONS = {"dtype": F64, "seed": 0}
 SHAPE = (32, 2)
+FLOW_ORDERS = [("euler", 1), ("ab2", 2), ("midpoint", 2), ("heun", 2), ("rk4", 4)]
 
 
 def observed_order(run, steps):
@@ -26,7 +27,7 @@ def observed_order(run, steps):
     return math.log2((coarse - middle).norm() / (middle - fine).norm())
 
 
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("sampler, order", FLOW_ORDERS)
 @pytest.mark.parametrize("sigma_min", [0.0, 0.1])
 def test_order_of_flow_samplers_on_a_mixture(sampler, order, sigma_min):
     flow = gk.FlowMatching(sigma_min=sigma_min)
@@ -35,7 +36,7 @@ def test_order_of_flow_samplers_on_a_mixture(sampler, order, sigma_min):
     assert found == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("sampler, order", FLOW_ORDERS)
 def test_order_of_backward_flow_samplers_on_a_mixture(sampler, order):
     flow = gk.RectifiedFlow()
     network = PathNetwork(mixture(), flow.path, "velocity")
@@ -46,7 +47,7 @@ def test_order_of_backward_flow_samplers_on_a_mixture(sampler, order):
     assert found == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("sampler, order", FLOW_ORDERS)
 def test_order_on_the_karras_grid_without_the_final_zero(sampler, order):
     consistency = gk.Consistency()
     network = DenoiserNetwork(mixture())

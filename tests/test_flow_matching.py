@@ -91,7 +91,7 @@ def test_network_is_given_its_own_dtype():
     assert seen == [torch.bfloat16]
 
 
-@pytest.mark.parametrize("sampler, calls", [("euler", 5), ("heun", 10)])
+@pytest.mark.parametrize("sampler, calls", [("euler", 5), ("ab2", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20)])
 def test_calls_of_a_sampler(sampler, calls):
     seen = []
     gk.FlowMatching().sample(lambda x, t: seen.append(t) or x, (2, 3), steps=5, sampler=sampler)
@@ -118,7 +118,7 @@ def test_heun_is_the_written_out_loop():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"path": "vp"}, "path: expected one of 'cond_ot', got 'vp'"),
+    ({"path": "sine"}, "path: expected one of 'cond_ot', 'cosine', 'vp', got 'sine'"),
     ({"sigma_min": -0.1}, "sigma_min: expected a number from 0 to 1"),
     ({"sigma_min": 1.0}, "sigma_min: expected a number from 0 to 1"),
 ])  # fmt: skip
@@ -146,7 +146,7 @@ def test_time_outside_the_path_is_refused(t, words):
     ({"times": [0.0, 0.5, 0.4]}, "times: expected strictly increasing or strictly decreasing"),
     ({"times": [1.0, 0.0]}, "times: expected increasing times with direction='forward'"),
     ({"times": [0.0, 1.1]}, r"times: expected times from 0.0 to 1.0"),
-    ({"sampler": "rk4"}, "sampler: expected one of 'euler', 'heun', got 'rk4'"),
+    ({"sampler": "rk5"}, "sampler: expected one of 'euler', 'ab2', 'midpoint', 'heun', 'rk4', got 'rk5'"),
     ({"direction": "up"}, "direction: expected one of 'forward', 'backward'"),
     ({"direction": "backward"}, "x1: expected the initial state of direction='backward'"),
     ({"x1": torch.zeros(SHAPE)}, "x1: expected None with direction='forward'"),

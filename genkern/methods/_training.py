@@ -15,6 +15,7 @@ from ..samplers.loop import check_source
 from .times import TimeSampler, Uniform
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
+Times = Tensor | Callable[[Tensor], Any] | None  # uniforms [B] to times [B], or to (times, weights)
 
 
 class LossOptions(TypedDict, total=False):
@@ -79,6 +80,7 @@ class Batch:
         wide = self.model_dtype.itemsize > x.dtype.itemsize
         self.x = x.to(self.model_dtype) if wide else x
         self._options = options
+        self._times_weight: Tensor | None = None
 
     @property
     def coef_dtype(self) -> torch.dtype:
@@ -130,6 +132,46 @@ class Batch:
             return torch.full((self.size,), found, device=self.device, dtype=self.coef_dtype)
         return found.to(self.coef_dtype).expand(self.size).contiguous()
 
+    def times(self, t: Any, times: Times, low: float, high: float) -> Tensor:
+        """The times of loss(t=, times=), [B]: given, or drawn by a callable of uniforms, which may weigh them; uniform
+        without either, low and high being 0 and 1."""
+        if t is not None and times is not None:
+            raise ValueError("times: expected None beside t")
+        if t is not None:
+            return self.given_time("t", t, low, high)
+        if times is None:
+            return self.uniform()
+        if not callable(times):
+            return self.given_time("times", times, low, high)
+        noise = self.source.at(Purpose.TIMES)
+        found = times(ops.uniform((self.size,), noise=noise, device=self.device, dtype=torch.float64))
+        if isinstance(found, tuple) and len(found) == 2:
+            found, self._times_weight = found
+            check.coefficient("times", self._times_weight, self.x)
+        if not isinstance(found, Tensor) or found.shape != (self.size,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"times: expected a tensor of shape ({self.size},) from the callable, got {got}")
+        return self.given_time("times", found, low, high)
+
+    def coupled(self, x0: Tensor | None, coupling: Any) -> Noise | Tensor:
+        """The sources of the data, x0 or the noise, in the order of a coupling (flows.couplings); without one as they
+        are, and noise that is named stays so."""
+        given = self.z if x0 is None else x0
+        if coupling is None:
+            return given
+        if not callable(coupling):
+            raise TypeError(f"coupling: expected a callable, got {type(coupling).__name__}")
+        if isinstance(given, Noise):
+            given = ops.randn(tuple(self.x.shape), noise=given, device=self.device, dtype=self.x.dtype)
+        chance = self.source.at(Purpose.TIMES, 1)  # beside those of the times
+        u = ops.uniform((self.size,), noise=chance, device=self.device, dtype=torch.float64)
+        with torch.no_grad():
+            index = coupling(given, self.x, self.cond, u)
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (self.size,):
+            got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise ValueError(f"coupling: expected an index of int64 and shape ({self.size},), got {got}")
+        return given.index_select(0, index)
+
     def call(self, x: Tensor, t: Tensor, model: Any = None, name: str = "model") -> Tensor:
         """The network, or another, at (x, t)."""
         found = network.call(self.model if model is None else model, x, t, self.cond, name)
@@ -156,6 +198,9 @@ class Batch:
                 raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
         if factor is not None:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
+        if self._times_weight is not None:
+            drawn = self._times_weight.to(self.coef_dtype)
+            weight = drawn if weight is None else drawn * weight
         found = ops.path_loss(
             m, x, **target, weight=weight, mask=options.get("mask"),
             kind=options.get("kind", "l2"), reduction=reduction if importance is None and added is None else "none",

@@ -231,7 +231,7 @@ class Consistency:
             teacher: the teacher's F.
             shape: [B, ...] of the result.
             steps: of the sampler, >= 1; default 18. The times are (13.30)'s.
-            sampler: "heun" (two network calls a step), "euler", or a Sampler.
+            sampler: "heun" (two network calls a step), "euler", "ab2", "midpoint", "rk4", or a Sampler.
             times: instead of steps: strictly decreasing times in [0, T].
             to_zero: end with a step to 0 instead of at epsilon; it is Euler's, since the slope at 0 is not defined.
             options: samplers.Options. The initial state is times[0] times noise; a given tensor is the state itself.

@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, grids, paths
-from ..samplers import Euler, Heun, OnPath, loop, network
+from .. import check, grids, ops, paths
+from ..noise import Purpose
+from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, loop, network
 from ..samplers.table import Sampler, stages_of
+from ._density import DensityRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
-SAMPLERS: dict[str, type[Euler] | type[Heun]] = {"euler": Euler, "heun": Heun}
+    from ._density import DensityOptions
+
+SAMPLERS: dict[str, Any] = {"euler": Euler, "ab2": AB2, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
 DIRECTIONS = ("forward", "backward")
 
 
@@ -28,6 +32,30 @@ def _even(steps: int, forward: bool) -> np.ndarray:
     grid = grids.uniform(steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
     grid.flags.writeable = False
     return grid
+
+
+def _grid(steps: int | None, times: Any, forward: bool) -> np.ndarray:
+    """Even times, by default of 50 steps, or the given ones, in the direction."""
+    if times is None:
+        return _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
+    if steps is not None:
+        raise ValueError(f"steps: expected None beside times, got {steps}")
+    grid = grids.given(times, low=0.0, high=1.0)
+    if bool(grid[0] < grid[-1]) != forward:
+        order, direction = ("increasing", "forward") if forward else ("decreasing", "backward")
+        raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
+    return grid
+
+
+def flow_path(name: str, path: Any) -> paths.Path:
+    """A path on [0, 1] with the noise at 0. TypeError: no path. ValueError: another path."""
+    if not isinstance(path, paths.Path):
+        raise TypeError(f"{name}: expected a path, got {type(path).__name__}")
+    if (path.start, path.stop) != (0.0, 1.0):
+        raise ValueError(f"{name}: expected a path on t from 0 to 1, got one from {path.start} to {path.stop}")
+    if not path.alpha(0.0) * path.sigma(1.0) < path.alpha(1.0) * path.sigma(0.0):
+        raise ValueError(f"{name}: expected noise at t = 0 and data at t = 1, got the other way round: paths.Reversed")
+    return path
 
 
 def sampler_named(sampler: str | Sampler) -> Sampler:
@@ -68,6 +96,7 @@ class Flow:
         direction: str = "forward",
         x0: Tensor | None = None,
         x1: Tensor | None = None,
+        along: paths.Path | None = None,
         **options: Unpack[loop.Options],
     ) -> Any:
         """Solve dx/dt = v(x, t), eq. (13.14): from noise or a source at t = 0 to data at t = 1, or back.
@@ -75,13 +104,14 @@ class Flow:
         Args:
             model: called as model(x, t, **cond).
             shape: [B, ...] of the state; not needed where it is given.
-            steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler", two with
-                "heun".
-            sampler: "euler", "heun" or a Sampler.
+            steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler" and
+                "ab2", two with "midpoint" and "heun", four with "rk4".
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler.
             times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward).
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
-            x0: the initial state of "forward"; default N(0, I).
+            x0: the initial state of "forward"; default N(0, sigma(0)^2 I).
             x1: the initial state of "backward".
+            along: another path on [0, 1] to solve along (samplers.Along): times, states and sources are that path's.
             options: samplers.Options.
 
         Returns:
@@ -98,14 +128,95 @@ class Flow:
         start = x0 if forward else x1
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
-        if times is None:
-            grid = _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
-        elif steps is not None:
-            raise ValueError(f"steps: expected None beside times, got {steps}")
+        grid = _grid(steps, times, forward)
+        trained = OnPath(self.path, "velocity")
+        path = self.path if along is None else flow_path("along", along)
+        stages = stages_of(sampler_named(sampler), trained if along is None else Along(trained, path), grid)
+        return loop.run(model, stages, shape, start=start, scale=path.sigma(0.0), **loop.known(options))
+
+    def log_prob(
+        self,
+        model: Any,
+        x: Tensor,
+        *,
+        steps: int | None = None,
+        sampler: str | Sampler = "rk4",
+        times: Any = None,
+        **options: Unpack[DensityOptions],
+    ) -> Tensor:
+        """log p_1(x) of the flow by the change of variables: x is taken back to t = 0, and
+
+            log p_1(x) = log p_0(x_0) - (the integral of div v(x_t, t) over t from 0 to 1)      (13.14)-(13.16)
+
+        with the integral by the solver's own rule, and so of its order.
+
+        Args:
+            model: called as model(x, t, **cond); its samples must not depend on each other, and it must have a
+                gradient by x.
+            x: data.  [B, ...], floating.
+            steps: of the solver, on an even grid; default 50.
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t).
+            times: instead of steps: strictly decreasing times in [0, 1]; p_0 is at the last, x at the first.
+            options: DensityOptions.
+
+        Returns:
+            log p_1(x) in nats, [B], float32 (options: dtype).
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+
+        Source: (13.14)-(13.16); Chen et al., arXiv:1806.07366; Grathwohl et al., arXiv:1810.01367.
+        """
+        check.terms([("x", x)])
+        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, False))
+        run = DensityRun("log_prob", model, x.shape, x.device, options)
+        x0, integral = run.solve(stages, x.to(run.dtype))  # from t = 1 to 0: minus the integral from 0 to 1
+        return run.source(x0, self.path.sigma(0.0)) + integral
+
+    def sample_with_log_prob(
+        self,
+        model: Any,
+        shape: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        sampler: str | Sampler = "rk4",
+        times: Any = None,
+        x0: Tensor | None = None,
+        device: torch.device | str | None = None,
+        **options: Unpack[DensityOptions],
+    ) -> tuple[Tensor, Tensor]:
+        """Samples, those of sample() with the same arguments, and their log p_1, from one solve forward.
+
+        Args:
+            model, sampler, options: as log_prob().
+            shape: [B, ...]; not needed with x0.
+            steps, times: as sample().
+            x0: draws of the source; default N(0, I).
+            device: default x0's, else the model's.
+
+        Returns:
+            (x, log p_1(x)): [B, ...] and [B], float32 (options: dtype).
+
+        Raises:
+            ValueError, TypeError: as log_prob().
+        """
+        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, True))
+        if x0 is not None:
+            check.terms([("x0", x0)])
+            if shape is not None and tuple(x0.shape) != check.shape(shape):
+                raise ValueError(f"x0: expected shape {tuple(shape)}, got {tuple(x0.shape)}")
+        elif shape is None:
+            raise ValueError("shape: expected the state's shape, or x0, got None")
+        if device is not None:
+            where = network.checked_device(device)
         else:
-            grid = grids.given(times, low=0.0, high=1.0)
-            if bool(grid[0] < grid[-1]) != forward:
-                order = "increasing" if forward else "decreasing"
-                raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), grid)
-        return loop.run(model, stages, shape, start=start, **loop.known(options))
+            where = network.device_of(model) if x0 is None else x0.device
+        run = DensityRun("sample_with_log_prob", model, shape if x0 is None else x0.shape, where, options)  # type: ignore[arg-type]
+        sigma = self.path.sigma(0.0)
+        if x0 is None:
+            start = ops.randn(run.shape, noise=run.noise.at(Purpose.INITIAL), device=where, dtype=run.dtype)
+            start = start if sigma == 1.0 else sigma * start
+        else:
+            start = x0.to(where, run.dtype)
+        x, integral = run.solve(stages, start)
+        return x, run.source(start, sigma) - integral

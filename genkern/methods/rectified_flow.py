@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._training import LossOptions
+    from ..flows.couplings import Coupling
+    from ._training import LossOptions, Times
 
 
 class RectifiedFlow(Flow):
@@ -45,7 +46,15 @@ class RectifiedFlow(Flow):
         self.path = paths.CondOT(0.0)
 
     def loss(
-        self, model: Any, x1: Tensor, x0: Tensor | None = None, *, t: Any = None, **options: Unpack[LossOptions]
+        self,
+        model: Any,
+        x1: Tensor,
+        x0: Tensor | None = None,
+        *,
+        t: Any = None,
+        times: Times = None,
+        coupling: Coupling | None = None,
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.24), one fused pass before the network and one after it.
 
@@ -53,7 +62,11 @@ class RectifiedFlow(Flow):
             model: called as model(x_t, t, **cond).
             x1: data.  [B, ...], floating.
             x0: its coupled source.  [B, ...], of x1's dtype or a lower precision; None: independent N(0, I).
-            t: [B] or a number, in [0, 1]; default uniform.
+            t: [B] or a number, in [0, 1]; default drawn.
+            times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
+                genkern.flows; or t itself. Default uniform.
+            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
+                as flows.couplings has it; default as they are given.
             options: LossOptions.
 
         Returns:
@@ -66,14 +79,15 @@ class RectifiedFlow(Flow):
         if x0 is not None and isinstance(options.get("noise"), Tensor):
             raise ValueError("noise: expected a Noise beside x0, which takes the noise's place, got a tensor")
         batch = Batch(model, x1, options)
-        t = batch.uniform() if t is None else batch.given_time("t", t, 0.0, 1.0)
+        t = batch.times(t, times, 0.0, 1.0)
+        source = batch.coupled(x0, coupling)
         if x0 is None:
             noising = Row((Out(x=t, z=1.0 - t),))
-            (x_t,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
-            return batch.loss(batch.call(x_t, t), batch.x, t, x_coef=1.0, noise_coef=-1.0, noise=batch.z)
+            (x_t,) = apply_row(noising, x=batch.x, noise=source, dtypes=(batch.model_dtype,))
+            return batch.loss(batch.call(x_t, t), batch.x, t, x_coef=1.0, noise_coef=-1.0, noise=source)
         between = Row((Out(x=t, h=(1.0 - t,)),))
-        (x_t,) = apply_row(between, x=batch.x, h=(x0,), dtypes=(batch.model_dtype,))
-        return batch.loss(batch.call(x_t, t), batch.x, t, x_coef=1.0, h=(x0,), h_coefs=(-1.0,))
+        (x_t,) = apply_row(between, x=batch.x, h=(source,), dtypes=(batch.model_dtype,))
+        return batch.loss(batch.call(x_t, t), batch.x, t, x_coef=1.0, h=(source,), h_coefs=(-1.0,))
 
     def pairs(
         self,

@@ -5,6 +5,7 @@
     DiscreteVP  alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t)      eq. (13.4); t = 0 .. T-1, data below 0
     LinearVP    log alpha^2 = -(the integral of beta(s) ds)         the same with continuous time; data at t = 0
     CosineVP    sigma / alpha = tan(a t + c)                        data at t = 0, up to a noise level
+    Cosine, Polynomial, Custom, Reversed                            interpolants.py; data at t = 1
 
 The seed's alpha of section 13.1 is the cumulative product, here alphas_cumprod. Schedules of betas are in schedules.py,
 what all paths share (predictions and their conversion) in base.py.
@@ -14,6 +15,7 @@ from .base import PREDICTIONS, Linear, Path
 from .continuous import ContinuousVP, CosineVP, LinearVP
 from .discrete import DiscreteVP
 from .flows import VE, CondOT
+from .interpolants import Cosine, Custom, Polynomial, Reversed
 from .schedules import SCHEDULES, alphas_cumprod_of, betas, rescale_zero_snr, shift_noise_level
 
 __all__ = [
@@ -22,11 +24,15 @@ __all__ = [
     "VE",
     "CondOT",
     "ContinuousVP",
+    "Cosine",
     "CosineVP",
+    "Custom",
     "DiscreteVP",
     "Linear",
     "LinearVP",
     "Path",
+    "Polynomial",
+    "Reversed",
     "alphas_cumprod_of",
     "betas",
     "rescale_zero_snr",

@@ -1,5 +1,7 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from .ab2 import AB2
+from .along import Along
 from .ancestral import EulerAncestral
 from .consistency import Multistep
 from .ddim import DDIM
@@ -11,21 +13,27 @@ from .euler import Euler
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
+from .midpoint import Midpoint
 from .nonmarkovian import NonMarkovian
 from .parameterization import OnPath, Parameterization, Preconditioned
+from .rk4 import RK4
 from .table import Sampler, Stage
 from .unipc import UniPC
 
 __all__ = [
+    "AB2",
     "DDIM",
     "DDIMInversion",
     "DDPM",
+    "RK4",
+    "Along",
     "DPMSolver",
     "DPMSolverSDE",
     "EDMHeun",
     "Euler",
     "EulerAncestral",
     "Heun",
+    "Midpoint",
     "Multistep",
     "NonMarkovian",
     "OnPath",

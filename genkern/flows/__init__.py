@@ -1,0 +1,29 @@
+"""Around flows: couplings, training times, the marginal field, measures, divergences, dequantisation."""
+
+from .couplings import Independent, Optimal, Sinkhorn
+from .dequantization import bits_per_dim, dequantize
+from .divergence import Exact, Hutchinson
+from .marginal import MarginalField
+from .measures import COSTS, curvature, straightness, transport_cost
+from .times import Beta, LogitNormal, Stratified, Times, Uniform, UShaped
+
+__all__ = [
+    "COSTS",
+    "Beta",
+    "Exact",
+    "Hutchinson",
+    "Independent",
+    "LogitNormal",
+    "MarginalField",
+    "Optimal",
+    "Sinkhorn",
+    "Stratified",
+    "Times",
+    "UShaped",
+    "Uniform",
+    "bits_per_dim",
+    "curvature",
+    "dequantize",
+    "straightness",
+    "transport_cost",
+]
