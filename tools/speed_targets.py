@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from genkern.bench.table import EARLIER
 from genkern.bench.world import COMPILED, FLOOR_GRAPHED, GENKERN, GRAPHED, TEXTBOOK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def draws(row: Row) -> bool:
 
 
 def named(row: Row) -> str:
-    return f"{row['case']}, {row['dtype']}"
+    return f"{row['case']}, {row['dtype']}" + f" {EARLIER}" * ("earlier" in row)
 
 
 def listed(
@@ -46,7 +47,7 @@ def listed(
     values = [v for _, v in known]
     text = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
     if not missed:
-        return text, "met"
+        return text, "met" + f" {EARLIER}" * all(name.endswith(EARLIER) for name, _ in known)
     return text, "missed by " + "; ".join(f"{name} {v:.2f}" for name, v in missed)
 
 
@@ -86,11 +87,11 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
     ops = [row for row in rows if is_op(row)]
     plain, noisy = [r for r in ops if not draws(r)], [r for r in ops if draws(r)]
     case = lambda name, dtype=None: [r for r in rows if r["case"] == name and dtype in (None, r["dtype"])]  # noqa: E731
-    by_name = {named(row): row for row in rows}
+    by_name = {(row["case"], row["dtype"]): row for row in rows}
 
     def against(other: str) -> Callable[[Row], float | None]:
         def ratio(row: Row) -> float | None:
-            base = by_name.get(f"{other}, {row['dtype']}")
+            base = by_name.get((other, row["dtype"]))
             return None if base is None else base["seconds"][GENKERN]["median"] / row["seconds"][GENKERN]["median"]
 
         return ratio

@@ -163,7 +163,7 @@ class Batch:
             raise TypeError(f"coupling: expected a callable, got {type(coupling).__name__}")
         if isinstance(given, Noise):
             given = ops.randn(tuple(self.x.shape), noise=given, device=self.device, dtype=self.x.dtype)
-        chance = self.source.at(Purpose.TIMES, 1)  # beside those of the times
+        chance = self.source.at(Purpose.TIMES, 2)  # beside those of the times
         u = ops.uniform((self.size,), noise=chance, device=self.device, dtype=torch.float64)
         with torch.no_grad():
             index = coupling(given, self.x, self.cond, u)
