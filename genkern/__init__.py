@@ -27,6 +27,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
     "Loop": ("graphs", "Loop"),
+    "APG": ("samplers", "APG"),
 }
 
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604

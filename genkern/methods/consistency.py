@@ -212,7 +212,9 @@ class Consistency:
         else:
             grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
         stages = stages_of(Multistep(self.sigma_min), self.function, grid)
-        return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **loop.known(options))
+        return loop.run(
+            model, stages, shape, scale=float(grid[0]), along=self.function, clip=clip, **loop.known(options)
+        )
 
     def sample_ode(
         self,
@@ -254,7 +256,7 @@ class Consistency:
                 upper = self.times(steps)[::-1] if steps > 1 else np.array([self.sigma_max])
                 grid = np.append(upper, 0.0)
         stages = stages_of(sampler_named(sampler), self.teacher, grid)
-        return loop.run(teacher, stages, shape, scale=float(grid[0]), **loop.known(options))
+        return loop.run(teacher, stages, shape, scale=float(grid[0]), along=self.teacher, **loop.known(options))
 
     def _given(self, steps: int | None, times: Any) -> np.ndarray:
         if steps is not None:

@@ -243,9 +243,9 @@ class Diffusion:
 
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
-        stages = stages_of(sampler, OnPath(self.path, self.prediction, round_times), grid)
+        along = OnPath(self.path, self.prediction, round_times)
         time_dtype = torch.int64 if round_times else None
-        return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
+        return loop.run(model, stages_of(sampler, along, grid), shape, time_dtype=time_dtype, along=along, **options)
 
     def _grid(self, steps: int | None, spacing: str | None, timesteps: Any, sigmas: Any) -> np.ndarray:
         """The times of the network's calls, decreasing, and the end of the path."""

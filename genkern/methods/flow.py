@@ -107,5 +107,6 @@ class Flow:
             if bool(grid[0] < grid[-1]) != forward:
                 order = "increasing" if forward else "decreasing"
                 raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), grid)
-        return loop.run(model, stages, shape, start=start, **loop.known(options))
+        along = OnPath(self.path, "velocity")
+        stages = stages_of(sampler_named(sampler), along, grid)
+        return loop.run(model, stages, shape, start=start, along=along, **loop.known(options))

@@ -7,6 +7,7 @@ from .ddpm import DDPM
 from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
 from .euler import Euler
+from .guidance import APG
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
@@ -15,6 +16,7 @@ from .table import Sampler, Stage
 from .unipc import UniPC
 
 __all__ = [
+    "APG",
     "DDIM",
     "DDIMInversion",
     "DDPM",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,25 +23,27 @@ from torch import Tensor
 from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from . import network
+from . import guidance, network
+from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..graphs import Loop
+    from .parameterization import Parameterization
 
 Callback = Callable[[int, float, Tensor], object]
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of every sample(), and what they mean there.
+class Options(GuidanceOptions, total=False):
+    """The keyword arguments of every sample(), beside those of GuidanceOptions, and what they mean there.
 
     seed: 0 to 2^64 - 1. Without seed, noise and generator a seed is drawn from torch's CPU generator.
     noise: a Noise (its draw is replaced by the loop's); or a tensor, the initial state itself [B, ...].
     generator: a torch.Generator that a seed is drawn from.
     step_noise: standard normal noise of the steps, [steps, B, ...], or a callable of the step k giving [B, ...].
-    cond: keyword arguments of the model; tensors have the batch as dimension 0. uncond: the same for guidance.
-    guidance_scale: w of m_u + w (m_c - m_u), a number or a tensor [B]; needs uncond; the model sees 2B samples.
     device: default that of a given initial state, else the model's.
     dtype: of the state, float32 or float64; default float32.
     model_dtype: of the network's input; default that of the model's first parameter, else the state's.
@@ -59,9 +61,6 @@ class Options(TypedDict, total=False):
     noise: Noise | Tensor | None
     generator: torch.Generator | None
     step_noise: Tensor | Callable[[int], Tensor] | None
-    cond: Mapping[str, Any] | None
-    uncond: Mapping[str, Any] | None
-    guidance_scale: Any
     device: torch.device | str | None
     dtype: torch.dtype
     model_dtype: torch.dtype | None
@@ -94,9 +93,10 @@ class Run:
     clip: tuple[float, float] | None
     noise: Noise
     step_noise: Tensor | Callable[[int], Tensor] | None
-    cond: Mapping[str, Any]
-    uncond: Mapping[str, Any] | None
-    guidance: Any
+    cond: Sequence[Mapping[str, Any]]  # under guidance the unconditional ones first
+    guidance: Any  # its scales
+    guided: Guided | None
+    along: Parameterization | None  # what the network predicts, and on which path
     device: torch.device
     dtype: torch.dtype
     model_dtype: torch.dtype
@@ -113,7 +113,17 @@ class Run:
     def separate(self) -> bool:
         """Whether the network's input is another tensor than the state."""
         scaled = any(stage.input_scale != 1.0 for stage in self.stages)
-        return scaled or self.guidance is not None or self.model_dtype != self.dtype
+        return scaled or self.halves > 1 or self.model_dtype != self.dtype
+
+    @property
+    def halves(self) -> int:
+        """How often the loop's passes write the network's input: one after another where one condition guides."""
+        return 2 if self.guided is not None and self.guided.count == 1 else 1
+
+    @property
+    def calls(self) -> int:
+        """How many samples the network sees for each of the batch."""
+        return len(self.cond)
 
     @property
     def watched(self) -> bool:
@@ -123,7 +133,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Samples low .. high-1 of a run: their noise, conditions (doubled under guidance) and guidance scales."""
+    """Samples low .. high-1 of a run: their noise, conditions (under guidance of all, one after another), scales."""
 
     low: int
     high: int
@@ -144,14 +154,12 @@ def run(
     start: Tensor | None = None,
     scale: float = 1.0,
     time_dtype: torch.dtype | None = None,
+    along: Parameterization | None = None,
     clip: Any = None,
     seed: int | None = None,
     noise: Noise | Tensor | None = None,
     generator: torch.Generator | None = None,
     step_noise: Tensor | Callable[[int], Tensor] | None = None,
-    cond: Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    guidance_scale: Any = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     model_dtype: torch.dtype | None = None,
@@ -161,6 +169,7 @@ def run(
     batch_size: int | None = None,
     differentiable: bool = False,
     cuda_graph: bool | Loop = False,
+    **conditions: Unpack[GuidanceOptions],
 ) -> Any:
     """Walk the stages from an initial state.
 
@@ -170,6 +179,7 @@ def run(
         shape: [B, ...] of the state; may be None where a start is given.
         start: the initial state; else `noise` where it is a tensor, else scale times noise.
         time_dtype: of t; default float32, float64 where the network's input is float64.
+        along: what the network predicts and on which path; the projected guidance needs it.
         clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
         others: as Options says.
 
@@ -208,16 +218,8 @@ def run(
     limits = check.clip_range(clip)
     if limits is not None and all(stage.pred is None for stage in stages):
         raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
-    given = network.conditions("cond", cond, size[0])
-    null = None
-    if guidance_scale is not None:
-        if uncond is None:
-            raise ValueError("uncond: expected the unconditional conditions beside guidance_scale, got None")
-        null = network.conditions("uncond", uncond, size[0])
-        network.doubled(null, given)
-        guidance_scale = check.coefficient("guidance_scale", guidance_scale, torch.empty(size[:1], device=where))
-    elif uncond is not None:
-        raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
+    like = torch.empty(size[:1], device=where)
+    given, scales, guided = guidance.checked(conditions, stages, along, like, False)
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
     captures = None
     if cuda_graph is not False:
@@ -230,8 +232,8 @@ def run(
         noise = noise.of_samples(check.sample_ids(noise.sample_ids, size[0], False, where))
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
-        model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, null, guidance_scale,
-        where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
+        model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, scales, guided,
+        along, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
@@ -271,28 +273,25 @@ def part_of(task: Run, low: int, high: int) -> Part:
     ids = task.noise.sample_ids
     if ids is not None or high - low < task.shape[0]:
         ids = torch.arange(low, high, device=task.device) if ids is None else ids[low:high]
-    cond = network.of_samples(task.cond, low, high)
-    guidance = task.guidance
-    if task.uncond is not None:
-        cond = network.doubled(network.of_samples(task.uncond, low, high), cond)
-        guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
-    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, guidance)
+    cond = network.stacked([network.of_samples(each, low, high) for each in task.cond])
+    scales = guidance.of_samples(task.guidance, low, high)
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales)
 
 
 def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
     """The stages over a part: its last state, and its states from the initial one on where they are asked for."""
-    guided = task.uncond is not None
-    calls = 2 * part.n if guided else part.n
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
-    instants = times[:, None].expand(-1, calls).contiguous().unbind()
+    instants = times[:, None].expand(-1, task.calls * part.n).contiguous().unbind()
+    numbers = torch.arange(len(task.stages), device=task.device).split(1)
     buffers = Buffers(task, part.n)
     updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
 
     x, seen = begin(task, part, buffers)
+    outputs = Outputs(task, part.n, x)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
-    for stage, update, t in zip(task.stages, updates, instants, strict=True):
-        m, m_uncond = network.called(task.model, seen, t, part.cond, task.dtype, guided)
+    for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
+        m, m_uncond = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
         before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
         observe(task, stage, x, kept, tick)
     return x, kept

@@ -52,7 +52,8 @@ class Update:
         split = len(outs) + len(kept) > MAX_OUTS
         self._copy: Row | RowTable | None = Row((Out(x=following),) * (len(outs) - 1)) if split else None
         fused = outs[:1] if split else outs
-        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance)
+        guides = task.guided is not None and task.guided.fused and task.guided.on[i]
+        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance if guides else None)
         self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
         self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
         self._keeps = tuple(slot for slot, _ in stage.keeps)
@@ -172,7 +173,7 @@ class Buffers:
 
     def __init__(self, task: Run, n: int) -> None:
         self.shape = (n, *task.shape[1:])
-        self._halves = 2 if task.uncond is not None else 1
+        self._halves = task.halves
         self._separate, self.reused = task.separate, not task.differentiable
         self._dtype, self.model_dtype = task.dtype, task.model_dtype
         slots = 1 + max((slot for stage in task.stages for slot, _ in stage.keeps), default=-1)
