@@ -41,8 +41,8 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
-        task.scale, part.noise.sample_ids is None, task.step_noise is None, conditions.signature(part.cond),
-        _guidance_kind(part.guidance), task.guided, autocast,
+        task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
+        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, autocast,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class Plan:
             Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
             for i in range(len(self._stages))
         ]
-        self._draws = self._from_noise or any(update.draws for update in self._passes)
+        self._draws = task.scale != 0.0 or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
         self._step_of: list[_Step] = []
         self._tabulate(task)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import check, grids, paths
 from ..fused import apply_row
 from ..rows import Out, Row
-from ..samplers import DDIMInversion, OnPath, loop
+from ..samplers import DDIMInversion, OnPath, editing, loop
 from ..samplers.table import Sampler, stages_of
 from ._diffusion_samplers import sampler_named
 from ._training import Batch
@@ -238,6 +238,7 @@ class Diffusion:
         Raises:
             ValueError, TypeError: an argument is not what it may be.
         """
+        editing.refuse(options, "in encode(), which starts from x")
         grid = self._grid(steps, spacing, timesteps, sigmas)[::-1]
         return self._run(model, DDIMInversion(), grid, None, round_times, start=x, **loop.known(options))
 
@@ -245,6 +246,7 @@ class Diffusion:
         round_times = self.discrete and round_times
         along = OnPath(self.path, self.prediction, round_times)
         time_dtype = torch.int64 if round_times else None
+        grid, options = editing.begun(grid, along, options)
         return loop.run(model, stages_of(sampler, along, grid), shape, time_dtype=time_dtype, along=along, **options)
 
     def _grid(self, steps: int | None, spacing: str | None, timesteps: Any, sigmas: Any) -> np.ndarray:

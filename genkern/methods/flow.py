@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import check, grids, paths
-from ..samplers import Euler, Heun, OnPath, loop, network
+from ..samplers import Euler, Heun, OnPath, editing, loop, network
 from ..samplers.table import Sampler, stages_of
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class Flow:
             if bool(grid[0] < grid[-1]) != forward:
                 order = "increasing" if forward else "decreasing"
                 raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
+        if not forward:
+            editing.refuse(options, "with direction='backward', which leads away from the data")
         along = OnPath(self.path, "velocity")
+        grid, more = editing.begun(grid, along, loop.known(options))
         stages = stages_of(sampler_named(sampler), along, grid)
-        return loop.run(model, stages, shape, start=start, along=along, **loop.known(options))
+        return loop.run(model, stages, shape, start=start, along=along, **more)

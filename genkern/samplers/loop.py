@@ -24,6 +24,7 @@ from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
 from . import guidance, network
+from .editing import EditingOptions
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 Callback = Callable[[int, float, Tensor], object]
 
 
-class Options(GuidanceOptions, total=False):
-    """The keyword arguments of every sample(), beside those of GuidanceOptions, and what they mean there.
+class Options(GuidanceOptions, EditingOptions, total=False):
+    """The keyword arguments of every sample(), beside those of GuidanceOptions and EditingOptions.
 
     seed: 0 to 2^64 - 1. Without seed, noise and generator a seed is drawn from torch's CPU generator.
     noise: a Noise (its draw is replaced by the loop's); or a tensor, the initial state itself [B, ...].
@@ -88,7 +89,8 @@ class Run:
     stages: Sequence[Stage]
     shape: tuple[int, ...]
     start: Tensor | None
-    scale: float  # of the initial noise, where no start is given
+    start_scale: float  # of the start
+    scale: float  # of the initial noise; 0 where the start is the initial state
     time_dtype: torch.dtype
     clip: tuple[float, float] | None
     noise: Noise
@@ -108,6 +110,11 @@ class Run:
     @property
     def steps(self) -> int:
         return self.stages[-1].step + 1
+
+    @property
+    def initial(self) -> Out:
+        """The row of the initial state."""
+        return Out(z=self.scale) if self.start is None else Out(x=self.start_scale, z=self.scale)
 
     @property
     def separate(self) -> bool:
@@ -152,6 +159,8 @@ def run(
     shape: Sequence[int] | None,
     *,
     start: Tensor | None = None,
+    init: Tensor | None = None,
+    init_scale: float = 1.0,
     scale: float = 1.0,
     time_dtype: torch.dtype | None = None,
     along: Parameterization | None = None,
@@ -177,7 +186,8 @@ def run(
         model: called as model(x, t, **cond); must not change x in place.
         stages: of a sampler.
         shape: [B, ...] of the state; may be None where a start is given.
-        start: the initial state; else `noise` where it is a tensor, else scale times noise.
+        start: the initial state; else `noise` where it is a tensor, else init_scale init + scale noise, or the second
+            term alone.
         time_dtype: of t; default float32, float64 where the network's input is float64.
         along: what the network predicts and on which path; the projected guidance needs it.
         clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
@@ -189,13 +199,22 @@ def run(
     Raises:
         ValueError, TypeError: an argument is not what it may be; the model's output has another shape than its input.
     """
+    if init is not None:
+        if start is not None:
+            raise ValueError("init: expected None where the initial state is given, got a tensor")
+        if isinstance(noise, Tensor):
+            raise ValueError("noise: expected a Noise beside init, got a tensor")
     if isinstance(noise, Tensor):
         if start is not None:
             raise ValueError("noise: expected a Noise where the initial state is given, got a tensor")
         start, noise = noise, None
     elif noise is not None and not isinstance(noise, Noise):
         raise TypeError(f"noise: expected a Noise or a tensor, got {type(noise).__name__}")
-    size = _shape(shape, start)
+    size = _shape(shape, start) if init is None else _shape(shape, init, "init")
+    if init is not None or start is None:
+        start, start_scale = init, init_scale
+    else:
+        start_scale, scale = 1.0, 0.0
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float32 or torch.float64 for the state, got {dtype}")
     model_dtype = network.dtype_of(model, dtype) if model_dtype is None else network.checked_dtype(model_dtype)
@@ -232,7 +251,7 @@ def run(
         noise = noise.of_samples(check.sample_ids(noise.sample_ids, size[0], False, where))
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
-        model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, scales, guided,
+        model, stages, size, start, start_scale, scale, time_dtype, limits, source, step_noise, given, scales, guided,
         along, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
@@ -310,12 +329,11 @@ def observe(task: Run, stage: Stage, x: Tensor, kept: list[Tensor], tick: Callab
 
 def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
-    following = task.stages[0].input_scale
+    noise = part.noise.at(Purpose.INITIAL)
+    row = Row(buffers.outputs(task.initial, task.stages[0].input_scale))
     if task.start is None:
-        row = Row(buffers.outputs(Out(z=task.scale), following))
-        return buffers.apply(row, -1, noise=part.noise.at(Purpose.INITIAL), size=buffers.shape, device=task.device)
-    row = Row(buffers.outputs(Out(x=1.0), following))
-    return buffers.apply(row, -1, x=task.start[part.low : part.high])
+        return buffers.apply(row, -1, noise=noise, size=buffers.shape, device=task.device)
+    return buffers.apply(row, -1, x=task.start[part.low : part.high], noise=noise if task.scale else None)
 
 
 def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
@@ -340,17 +358,15 @@ def _bar(progress: bool, total: int) -> Any:
         yield bar.update
 
 
-def _shape(shape: Sequence[int] | None, start: Tensor | None) -> tuple[int, ...]:
+def _shape(shape: Sequence[int] | None, start: Tensor | None, name: str = "initial state") -> tuple[int, ...]:
     if start is None:
         if shape is None:
             raise ValueError("shape: expected the state's shape, or an initial state, got None")
         return check.shape(shape)
     if not isinstance(start, Tensor) or not check.is_float(start.dtype):
-        raise TypeError(
-            f"initial state: expected a tensor of {check.FLOATS}, got {getattr(start, 'dtype', type(start))}"
-        )
+        raise TypeError(f"{name}: expected a tensor of {check.FLOATS}, got {getattr(start, 'dtype', type(start))}")
     if not start.ndim:
-        raise ValueError("initial state: expected dimension 0 to be the batch, got a 0-d tensor")
+        raise ValueError(f"{name}: expected dimension 0 to be the batch, got a 0-d tensor")
     if shape is not None and tuple(start.shape) != tuple(shape):
-        raise ValueError(f"initial state: expected shape {tuple(shape)}, got {tuple(start.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(start.shape)}")
     return tuple(start.shape)

@@ -146,12 +146,12 @@ class First:
     """
 
     def __init__(self, task: Run, buffers: Buffers, noise: Noise, key: Tensor) -> None:
-        row = Row(buffers.outputs(Out(z=task.scale) if task.start is None else Out(x=1.0), task.stages[0].input_scale))
-        drawn = noise.at(Purpose.INITIAL) if task.start is None else None
+        row = Row(buffers.outputs(task.initial, task.stages[0].input_scale))
+        drawn = noise.at(Purpose.INITIAL) if task.scale else None
         self._outs, _ = buffers.written(-1, len(row.outs))
         dtypes = [out.dtype for out in self._outs]
         spec, self._tensors = prepared(row, drawn, self._outs[0], 0, dtypes)
-        self._spec = spec._replace(size=buffers.shape, device=task.device) if drawn else spec
+        self._spec = spec._replace(size=buffers.shape, device=task.device) if task.start is None else spec
         self._tensors[DEVICE_KEY] = key if drawn else None
         self._text = numbers(self._spec) if functions.direct(task.device) else None
 
