@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     TIMES = 5
     CONDITION_DROPOUT = 6
     PROBES = 7
+    KNOWN = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..noise import Noise
 from ..rows import W
 from ..samplers import loop
+from ..samplers.editing import Blend, Inpaint
 from ..samplers.guidance import Outputs
 from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
@@ -42,7 +43,7 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
         task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
-        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, autocast,
+        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
     )  # fmt: skip
 
 
@@ -88,6 +89,9 @@ class Plan:
         n_rows = part.n if by_sample else 1
         self._moments = Moments(self._stages, n_rows, task.calls * part.n, task.time_dtype, task.device)
         self._outputs = Outputs(task, part.n, self._buffers.at(0)[0])
+        self._blend = None if task.inpaint is None else Blend(task, self._buffers)
+        like = self._buffers.at(0)[0]
+        self._inpaint = None if task.inpaint is None else Inpaint(torch.empty_like(like), torch.empty_like(like))
         self._z = torch.zeros_like(self._buffers.at(0)[0]) if task.step_noise is not None else None
         self._takes_z = [self._z is not None and stage.out.z != 0.0 for stage in self._stages]
         self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
@@ -97,7 +101,7 @@ class Plan:
             Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
             for i in range(len(self._stages))
         ]
-        self._draws = task.scale != 0.0 or any(update.draws for update in self._passes)
+        self._draws = task.scale != 0.0 or self._blend is not None or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
         self._step_of: list[_Step] = []
         self._tabulate(task)
@@ -109,7 +113,7 @@ class Plan:
         kinds = [
             (
                 self._passes[i].kind, self._takes_z[i], i == 0 and bool(stage.out.h) and not stage.reads,
-                self._guides(i),
+                self._guides(i), stage.time is None,
             )
             for i, stage in enumerate(self._stages)
         ]  # fmt: skip
@@ -220,7 +224,9 @@ class Plan:
         x, seen = self._buffers.at(i - 1)
         before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
         m, m_uncond = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
-        update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+        x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+        if self._blend is not None and self._inpaint is not None:
+            self._blend(i, moment.stage, x, seen, self._inpaint, self._noise, moment.key)
 
     def _copy_in(self, part: loop.Part, by_steps: bool) -> None:
         if self._draws:
@@ -229,6 +235,9 @@ class Plan:
             conditions.fill(self._cond, part.cond)
         if self._ids is not None:
             self._ids.copy_(part.noise.sample_ids)
+        if self._inpaint is not None:
+            for own, given in zip(self._inpaint, part.inpaint or (), strict=True):
+                own.copy_(given)
         if self._guidance is None:
             return
         if isinstance(part.guidance, Tensor):
@@ -254,6 +263,8 @@ class Plan:
 
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
+        given += [*self._outputs.tensors(), *(self._inpaint or ())]
+        given += [] if self._blend is None else [self._blend.numbers]
         tables = [table for step in self._steps.values() for table in step.tables]
         return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 

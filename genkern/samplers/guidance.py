@@ -216,6 +216,10 @@ class Outputs:
             self._in_place = not task.differentiable
             self._sum = torch.zeros_like(like) if apg.momentum else None
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device."""
+        return [t for t in (self._read, self._sum) if t is not None]
+
     def begin(self) -> None:
         """Before the first stage."""
         if self._sum is not None:

@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from . import guidance, network
-from .editing import EditingOptions
+from . import editing, guidance, network
+from .editing import Blend, EditingOptions, Inpaint
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
@@ -99,6 +99,7 @@ class Run:
     guidance: Any  # its scales
     guided: Guided | None
     along: Parameterization | None  # what the network predicts, and on which path
+    inpaint: Inpaint | None
     device: torch.device
     dtype: torch.dtype
     model_dtype: torch.dtype
@@ -147,6 +148,7 @@ class Part:
     noise: Noise
     cond: dict[str, Any]
     guidance: Any
+    inpaint: Inpaint | None
 
     @property
     def n(self) -> int:
@@ -165,6 +167,8 @@ def run(
     time_dtype: torch.dtype | None = None,
     along: Parameterization | None = None,
     clip: Any = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     seed: int | None = None,
     noise: Noise | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -189,7 +193,7 @@ def run(
         start: the initial state; else `noise` where it is a tensor, else init_scale init + scale noise, or the second
             term alone.
         time_dtype: of t; default float32, float64 where the network's input is float64.
-        along: what the network predicts and on which path; the projected guidance needs it.
+        along: what the network predicts and on which path; projected guidance and mask need it.
         clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
         others: as Options says.
 
@@ -239,6 +243,9 @@ def run(
         raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
     like = torch.empty(size[:1], device=where)
     given, scales, guided = guidance.checked(conditions, stages, along, like, False)
+    inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size))
+    if inpaint is not None and along is None:
+        raise ValueError("mask: expected None where the sampler's path is not known, got a tensor")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
     captures = None
     if cuda_graph is not False:
@@ -252,7 +259,7 @@ def run(
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
         model, stages, size, start, start_scale, scale, time_dtype, limits, source, step_noise, given, scales, guided,
-        along, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
+        along, inpaint, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
@@ -294,7 +301,8 @@ def part_of(task: Run, low: int, high: int) -> Part:
         ids = torch.arange(low, high, device=task.device) if ids is None else ids[low:high]
     cond = network.stacked([network.of_samples(each, low, high) for each in task.cond])
     scales = guidance.of_samples(task.guidance, low, high)
-    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales)
+    inpaint = None if task.inpaint is None else task.inpaint.of_samples(low, high)
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales, inpaint)
 
 
 def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
@@ -307,11 +315,14 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
 
     x, seen = begin(task, part, buffers)
     outputs = Outputs(task, part.n, x)
+    blend = None if task.inpaint is None else Blend(task, buffers)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
     for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
         m, m_uncond = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
         before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
+        if blend is not None and part.inpaint is not None:
+            x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
         observe(task, stage, x, kept, tick)
     return x, kept
 

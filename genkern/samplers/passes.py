@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import check, functions
 from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
-from ..rows import MAX_OUTS, Out, Row, RowTable, pack
+from ..rows import MAX_OUTS, Coef, Out, Row, RowTable, pack
 from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
 
 if TYPE_CHECKING:
@@ -165,6 +165,16 @@ class First:
             functions.run_numbers(self._text, self._outs, tensors)
 
 
+def noised(row: Row, x: Tensor, noise: Noise, key: Tensor | None) -> Tensor:
+    """A row of x and noise, with one output, its coefficients in device memory; with seed, stream and step of the key,
+    int64 [3], where one is given."""
+    if key is None:
+        return apply_row(row, x=x, noise=noise)[0]
+    spec, tensors = prepared(row, noise, x, 0, (x.dtype,))
+    tensors[X], tensors[DEVICE_KEY] = x, key
+    return functions.map_rows(spec, *tensors)[0]
+
+
 class Buffers:
     """Where the states and the network's inputs are written: by turns into two of each, so that no pass writes what
     it, or a view that the network returned, reads. A row with h writes over h, the state before last: element by
@@ -206,6 +216,13 @@ class Buffers:
             return found
         x, *inputs = apply_row(row, dtypes=dtypes, **terms)
         return self.joined(x, inputs)
+
+    def entered(self, stage: int, x: Tensor, following: Coef | None) -> tuple[Tensor, Tensor]:
+        """A state in the place of what a stage's pass has written, and the next network input, `following` times it."""
+        if following is None or not self._separate:
+            return self.apply(Row((Out(x=1.0),)), stage, x=x)
+        copies = (Out(x=following),) * (self._halves if self.reused else 1)
+        return self.apply(Row((Out(x=1.0), *copies)), stage, x=x)
 
     def joined(self, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """A new state, and the next network input from the one half of it that was written, if any."""
