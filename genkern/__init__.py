@@ -28,6 +28,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Consistency": ("methods", "Consistency"),
     "Loop": ("graphs", "Loop"),
     "APG": ("samplers", "APG"),
+    "STOP": ("samplers", "STOP"),
 }
 
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..noise import Noise
 from ..rows import W
 from ..samplers import loop
+from ..samplers.callback import STOP, observe
 from ..samplers.editing import Blend, Inpaint
 from ..samplers.guidance import Outputs
 from ..samplers.passes import Buffers, First, Live, Update
@@ -164,8 +165,11 @@ class Plan:
                     self._moments.tell(i)
                     assert step.graph is not None
                     step.graph.replay()
-                    if task.watched:
-                        loop.observe(task, stage, self._buffers.at(i)[0], kept, tick)
+                    changed = observe(task, stage, self._buffers.at(i)[0], kept, tick) if task.watched else None
+                    if changed is STOP:
+                        return self._buffers.at(i)[0].clone(), kept
+                    if changed is not None:
+                        self._buffers.entered(i, changed, task.following(i))
             return self._buffers.at(len(self._stages) - 1)[0].clone(), kept
 
     def _missing(self, by_steps: bool) -> bool:

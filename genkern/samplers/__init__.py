@@ -1,6 +1,7 @@
 """Samplers: one loop, and a table of rows for each."""
 
 from .ancestral import EulerAncestral
+from .callback import STOP
 from .consistency import Multistep
 from .ddim import DDIM
 from .ddpm import DDPM
@@ -16,6 +17,7 @@ from .table import Sampler, Stage
 from .unipc import UniPC
 
 __all__ = [
+    "STOP",
     "APG",
     "DDIM",
     "DDIMInversion",

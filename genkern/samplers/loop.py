@@ -24,6 +24,7 @@ from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
 from . import editing, guidance, network
+from .callback import STOP, Callback, observe
 from .editing import Blend, EditingOptions, Inpaint
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     from ..graphs import Loop
     from .parameterization import Parameterization
-
-Callback = Callable[[int, float, Tensor], object]
 
 
 class Options(GuidanceOptions, EditingOptions, total=False):
@@ -49,7 +48,9 @@ class Options(GuidanceOptions, EditingOptions, total=False):
     dtype: of the state, float32 or float64; default float32.
     model_dtype: of the network's input; default that of the model's first parameter, else the state's.
     progress: show a bar (tqdm).
-    callback: callback(step, time, x) after every step, x its own copy.
+    callback: callback(step, time, x) after every step, x its own copy. It returns None; or a tensor like x, the state
+        that the loop goes on with (what a multistep sampler remembers of earlier steps stays); or genkern.STOP, to end
+        the loop with the state as it is. With batch_size each part has its own steps, and its own end.
     return_trajectory: return (x, trajectory), trajectory [steps + 1, B, ...] from the initial state on.
     batch_size: most samples that the loop carries at once; default all.
     differentiable: keep the gradient.
@@ -116,6 +117,10 @@ class Run:
     def initial(self) -> Out:
         """The row of the initial state."""
         return Out(z=self.scale) if self.start is None else Out(x=self.start_scale, z=self.scale)
+
+    def following(self, i: int) -> float | None:
+        """What the network's input after stage i is scaled by; None after the last."""
+        return self.stages[i + 1].input_scale if i + 1 < len(self.stages) else None
 
     @property
     def separate(self) -> bool:
@@ -274,7 +279,9 @@ def run(
     x = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
     if not return_trajectory:
         return x
-    return x, torch.cat([torch.stack(part[1]) for part in parts], dim=1)
+    length = max(len(part[1]) for part in parts)  # a part that was stopped stays where it was
+    states = [[*kept, *[kept[-1]] * (length - len(kept))] for _, kept in parts]
+    return x, torch.cat([torch.stack(part) for part in states], dim=1)
 
 
 def resolve_noise(seed: int | None, noise: Noise | None, generator: torch.Generator | None) -> Noise:
@@ -323,19 +330,12 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
         before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
         if blend is not None and part.inpaint is not None:
             x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
-        observe(task, stage, x, kept, tick)
+        changed = observe(task, stage, x, kept, tick)
+        if changed is STOP:
+            break
+        if changed is not None:
+            x, seen = buffers.entered(i, changed, task.following(i))
     return x, kept
-
-
-def observe(task: Run, stage: Stage, x: Tensor, kept: list[Tensor], tick: Callable[[], object]) -> None:
-    """What is done between two steps: the state is kept and shown, in copies."""
-    if stage.time is None:
-        return
-    if task.return_trajectory:
-        kept.append(x.clone())
-    if task.callback is not None:
-        task.callback(stage.step, stage.time, x.clone())
-    tick()
 
 
 def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Update:
         self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any, live: Live | None = None
     ) -> None:
         stage = task.stages[i]
-        following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
+        following = task.following(i)
         clip = task.clip if stage.pred is not None else None
         outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
         split = len(outs) + len(kept) > MAX_OUTS
