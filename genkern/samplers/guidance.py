@@ -287,7 +287,7 @@ class Outputs:
             (r,) = apply_row(Row((Out(m=b, h=(minus_b,)),)), m=m_c, h=(m_u,), dtypes=(self._dtype,))
         else:
             (r,) = apply_row(Row((Out(x=apg.momentum, m=b, h=(minus_b,)),)), x=self._sum, m=m_c, h=(m_u,))
-            self._sum = self._sum.copy_(r) if self._in_place else r
+            self._sum = self._sum.copy_(r.detach()) if self._in_place else r
         (y,) = apply_row(Row((Out(x=a, m=b),)), x=x, m=m_c)
         step = (w - 1.0) / b
         if apg.norm != math.inf:

@@ -23,9 +23,10 @@ from torch import Tensor
 from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from . import editing, guidance, network
+from . import editing, energy, guidance, network
 from .callback import STOP, Callback, observe
 from .editing import Blend, EditingOptions, Inpaint
+from .energy import Guide, GuideOptions, Steered
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from .parameterization import Parameterization
 
 
-class Options(GuidanceOptions, EditingOptions, total=False):
-    """The keyword arguments of every sample(), beside those of GuidanceOptions and EditingOptions.
+class Options(GuidanceOptions, EditingOptions, GuideOptions, total=False):
+    """The keyword arguments of every sample(), beside those of GuidanceOptions, EditingOptions and GuideOptions.
 
     seed: 0 to 2^64 - 1. Without seed, noise and generator a seed is drawn from torch's CPU generator.
     noise: a Noise (its draw is replaced by the loop's); or a tensor, the initial state itself [B, ...].
@@ -101,6 +102,7 @@ class Run:
     guided: Guided | None
     along: Parameterization | None  # what the network predicts, and on which path
     inpaint: Inpaint | None
+    guide: Guide | None
     device: torch.device
     dtype: torch.dtype
     model_dtype: torch.dtype
@@ -154,6 +156,7 @@ class Part:
     cond: dict[str, Any]
     guidance: Any
     inpaint: Inpaint | None
+    guide: Guide | None
 
     @property
     def n(self) -> int:
@@ -187,6 +190,10 @@ def run(
     batch_size: int | None = None,
     differentiable: bool = False,
     cuda_graph: bool | Loop = False,
+    guide: Callable[..., Tensor] | None = None,
+    guide_scale: Any = None,
+    guide_through: bool | None = None,
+    guide_cond: Mapping[str, Any] | None = None,
     **conditions: Unpack[GuidanceOptions],
 ) -> Any:
     """Walk the stages from an initial state.
@@ -198,7 +205,7 @@ def run(
         start: the initial state; else `noise` where it is a tensor, else init_scale init + scale noise, or the second
             term alone.
         time_dtype: of t; default float32, float64 where the network's input is float64.
-        along: what the network predicts and on which path; projected guidance and mask need it.
+        along: what the network predicts and on which path; apg, mask and guide need it.
         clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
         others: as Options says.
 
@@ -247,7 +254,10 @@ def run(
     if limits is not None and all(stage.pred is None for stage in stages):
         raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
     like = torch.empty(size[:1], device=where)
-    given, scales, guided = guidance.checked(conditions, stages, along, like, False)
+    given, scales, guided = guidance.checked(conditions, stages, along, like, guide is not None)
+    steering = energy.checked(guide, guide_scale, guide_through, guide_cond, stages, along, like)
+    if steering is not None and differentiable:
+        raise ValueError("guide: expected None with differentiable=True, as it takes gradients of its own")
     inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size))
     if inpaint is not None and along is None:
         raise ValueError("mask: expected None where the sampler's path is not known, got a tensor")
@@ -264,7 +274,7 @@ def run(
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
         model, stages, size, start, start_scale, scale, time_dtype, limits, source, step_noise, given, scales, guided,
-        along, inpaint, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
+        along, inpaint, steering, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
@@ -309,7 +319,8 @@ def part_of(task: Run, low: int, high: int) -> Part:
     cond = network.stacked([network.of_samples(each, low, high) for each in task.cond])
     scales = guidance.of_samples(task.guidance, low, high)
     inpaint = None if task.inpaint is None else task.inpaint.of_samples(low, high)
-    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales, inpaint)
+    guide = None if task.guide is None else task.guide.of_samples(low, high)
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales, inpaint, guide)
 
 
 def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
@@ -321,7 +332,7 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
     updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
 
     x, seen = begin(task, part, buffers)
-    outputs = Outputs(task, part.n, x)
+    outputs = Outputs(task, part.n, x) if part.guide is None else Steered(task, part.n, x, part.guide)
     blend = None if task.inpaint is None else Blend(task, buffers)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
