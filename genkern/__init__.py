@@ -12,6 +12,7 @@ from typing import Any
 _NAMES: dict[str, tuple[str, str | None]] = {
     "Noise": ("noise", "Noise"),
     "ops": ("ops", None),
+    "steps": ("steps", None),
     "reference": ("reference", None),
     "rows": ("rows", None),
     "fused": ("fused", None),

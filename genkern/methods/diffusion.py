@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, grids, paths
+from .. import check, grids, paths, steps
 from ..fused import apply_row
 from ..rows import Out, Row
 from ..samplers import DDIMInversion, OnPath, editing, loop
@@ -241,6 +241,29 @@ class Diffusion:
         editing.refuse(options, "in encode(), which starts from x")
         grid = self._grid(steps, spacing, timesteps, sigmas)[::-1]
         return self._run(model, DDIMInversion(), grid, None, round_times, start=x, **loop.known(options))
+
+    def step(
+        self, x_t: Tensor, model_output: Tensor, t: Any, s: Any, *, x_s: Tensor | None = None, eta: Any = 1.0,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A stochastic step from t to s with its log-density, of the network's output at t: steps.ddim on this path.
+
+        Args:
+            x_t: state at t.  [B, ...].
+            model_output: the network's output at (x_t, t).  [B, ...].
+            t, s: times with t > s, each a number, or one a sample, [B] (int64 of 0 .. T-1 where time is discrete).
+            x_s: the state at s to score; None: sample it.
+            eta: > 0.
+            options: of steps.ddim: noise, clip, uncond, guidance_scale, reduction.
+
+        Returns:
+            (x_s, log p(x_s | x_t)).  [B, ...] and [B].
+
+        Raises:
+            ValueError, TypeError: as steps.ddim; the prediction "score".
+        """
+        scales = [scale(time) for time in (t, s) for scale in (self.path.alpha, self.path.sigma)]
+        return steps.ddim(x_t, model_output, *scales, eta=eta, x_s=x_s, prediction=self.prediction, **options)
 
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
