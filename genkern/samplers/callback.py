@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -62,3 +63,15 @@ def _checked(found: Any, x: Tensor) -> Tensor | Stop | None:
     if found.device != x.device:
         raise ValueError(f"callback: expected it to return a tensor on {x.device}, got {found.device}")
     return found
+
+
+@contextlib.contextmanager
+def bar(progress: bool, total: int) -> Any:
+    """A bar of `total` steps where progress is asked for; it gives what counts one."""
+    if not progress:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, desc="sample", unit="step") as shown:
+        yield shown.update

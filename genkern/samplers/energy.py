@@ -117,7 +117,7 @@ class Steered(guidance.Outputs):
         self._data = [task.along.data(stage.called_at) if f != 0.0 else None for stage, f in asked]
 
     def __call__(
-        self, model: Any, i: int, stage: Tensor, x: Tensor, seen: Tensor, t: Tensor, cond: Conditions, scales: Any
+        self, model: Any, i: int, stage: Any, x: Tensor, seen: Tensor, t: Tensor, cond: Conditions, scales: Any
     ) -> tuple[Tensor, Tensor | None]:
         guide, read = self._guide, self._data[i]
         if read is None:

@@ -184,7 +184,7 @@ def _check_apg(apg: Any, rescale: float, stages: Sequence[Stage], along: Paramet
 def _matrix(scales: Sequence[Any], device: torch.device) -> Tensor:
     """Scales, numbers or [B] or [1], as float64 [K, B] or [K, 1]."""
     rows = [torch.as_tensor(w, dtype=torch.float64, device=device).reshape(-1) for w in scales]
-    size = max(row.shape[0] for row in rows)
+    size = next((row.shape[0] for row in rows if row.shape[0] != 1), 1)
     return torch.stack([row.expand(size) for row in rows])
 
 
@@ -226,22 +226,14 @@ class Outputs:
             self._sum = self._sum.zero_() if self._in_place else torch.zeros_like(self._sum)
 
     def __call__(
-        self,
-        model: Any,
-        i: int,
-        stage: Tensor,
-        x: Tensor,
-        seen: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Any],
-        scales: Any,
+        self, model: Any, i: int, stage: Any, x: Tensor, seen: Tensor, t: Tensor, cond: Conditions, scales: Any
     ) -> tuple[Tensor, Tensor | None]:
         """A network call: m, of at most the state's precision, and m_u where the step's pass guides.
 
         Args:
             model: the network.
             i: a stage that is guided or not as this one is.
-            stage: this stage's number, int64 [1] on the device.
+            stage: this stage's number, int64 [1] on the device; the projected form alone reads it.
             x, seen: the state [n, ...] and the network's input, for one condition already doubled.
             t, cond: of as many samples as the network sees in a guided call.
             scales: as checked() gives them, of the part.

@@ -24,7 +24,7 @@ from .. import check
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
 from . import editing, energy, guidance, network
-from .callback import STOP, Callback, observe
+from .callback import STOP, Callback, bar, observe
 from .editing import Blend, EditingOptions, Inpaint
 from .energy import Guide, GuideOptions, Steered
 from .guidance import GuidanceOptions, Guided, Outputs
@@ -139,6 +139,11 @@ class Run:
     def calls(self) -> int:
         """How many samples the network sees for each of the batch."""
         return len(self.cond)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether passes beside a stage's own look its numbers up on the device."""
+        return self.inpaint is not None or (self.guided is not None and self.guided.apg is not None)
 
     @property
     def watched(self) -> bool:
@@ -283,7 +288,7 @@ def run(
     bounds = [(low, min(low + batch, size[0])) for low in range(0, size[0], batch)]
     with (
         contextlib.nullcontext() if differentiable else torch.no_grad(),
-        _bar(progress, task.steps * len(bounds)) as tick,
+        bar(progress, task.steps * len(bounds)) as tick,
     ):
         parts = [walked(task, part_of(task, low, high), tick) for low, high in bounds]
     x = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
@@ -327,7 +332,9 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
     """The stages over a part: its last state, and its states from the initial one on where they are asked for."""
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
     instants = times[:, None].expand(-1, task.calls * part.n).contiguous().unbind()
-    numbers = torch.arange(len(task.stages), device=task.device).split(1)
+    numbers: Sequence[Any] = (None,) * len(task.stages)
+    if task.numbered:
+        numbers = torch.arange(len(task.stages), device=task.device).split(1)
     buffers = Buffers(task, part.n)
     updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
 
@@ -367,17 +374,6 @@ def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
         got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"step_noise: expected shape {task.shape} of step {stage.step}, got {got}")
     return z[part.low : part.high].to(task.device, task.dtype)
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, total: int) -> Any:
-    if not progress:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, desc="sample", unit="step") as bar:
-        yield bar.update
 
 
 def _shape(shape: Sequence[int] | None, start: Tensor | None, name: str = "initial state") -> tuple[int, ...]:
