@@ -163,6 +163,15 @@ def test_scale_of_zero_and_constant_weights_change_nothing_else():
     assert weight.weight.grad is None
 
 
+def test_guide_is_refused_where_no_gradient_is_taken():
+    with torch.no_grad():
+        plain = gk.Diffusion().sample(rotating, SHAPE, steps=2, seed=0, guide=quadratic)
+    assert torch.equal(plain, gk.Diffusion().sample(rotating, SHAPE, steps=2, seed=0, guide=quadratic))
+    words = "guide: expected None under torch.inference_mode"
+    with torch.inference_mode(), pytest.raises(ValueError, match=words):
+        gk.Diffusion().sample(rotating, SHAPE, steps=2, guide=quadratic)
+
+
 def test_without_the_network_no_activations_are_kept():
     seen = []
 

@@ -101,14 +101,12 @@ def test_forms_are_captured_and_split_with_the_same_samples(family, form, captur
     def model(x, t, y):
         return curved(x, t, y)
 
-    for w in SCALES:
-        options = {**call(form, w), "model_dtype": torch.bfloat16}
-        for seed in range(2):
-            whole = sample(model, seed=seed, **options)
-            assert whole.isfinite().all()
-            assert torch.equal(sample(model, seed=seed, **options, batch_size=2), whole)
-            assert torch.equal(sample(model, seed=seed, **options, cuda_graph=True), whole)
-            assert torch.equal(sample(model, seed=seed, **options, cuda_graph=True, batch_size=2), whole)
+    for seed, w in enumerate((SCALES[0], *SCALES)):  # the second call of a kind is replayed
+        options = {**call(form, w), "model_dtype": torch.bfloat16, "seed": seed}
+        whole = sample(model, **options)
+        assert whole.isfinite().all()
+        for way in ({"batch_size": 2}, {"cuda_graph": True}, {"cuda_graph": True, "batch_size": 2}):
+            assert torch.equal(sample(model, **options, **way), whole)
 
 
 @pytest.mark.parametrize("several", [2, 3, 6])

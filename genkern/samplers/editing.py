@@ -140,5 +140,5 @@ class Blend:
         alpha, sigma, following = self.numbers.index_select(0, stage).unbind(1)
         drawn = noise.at(Purpose.KNOWN, self._stages[i].step if key is None else 0)
         known = noised(Row((Out(x=alpha, z=sigma),)), given.known, drawn, key)
-        blended = torch.lerp(known, x, given.mask)
+        blended = torch.lerp(known, x, given.mask, out=x if self._buffers.reused else None)
         return self._buffers.entered(i, blended, following if i + 1 < len(self._stages) else None)

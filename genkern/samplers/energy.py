@@ -86,6 +86,8 @@ def checked(
         raise TypeError(f"guide_through: expected a bool, got {type(through).__name__}")
     if along is None:
         raise ValueError("guide: expected None where the sampler's path is not known")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("guide: expected None under torch.inference_mode, where no gradient is taken")
     for stage in stages:
         factor(along, stage.called_at)
     scale = check.coefficient("guide_scale", 1.0 if scale is None else scale, like)

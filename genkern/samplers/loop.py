@@ -348,7 +348,7 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
         before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
         if blend is not None and part.inpaint is not None:
             x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
-        changed = observe(task, stage, x, kept, tick)
+        changed = observe(task, stage, x, kept, tick) if task.watched else None
         if changed is STOP:
             break
         if changed is not None:

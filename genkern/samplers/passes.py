@@ -219,10 +219,15 @@ class Buffers:
 
     def entered(self, stage: int, x: Tensor, following: Coef | None) -> tuple[Tensor, Tensor]:
         """A state in the place of what a stage's pass has written, and the next network input, `following` times it."""
+        there = self.reused and x is self._states[stage % 2]
         if following is None or not self._separate:
-            return self.apply(Row((Out(x=1.0),)), stage, x=x)
+            return (x, x) if there else self.apply(Row((Out(x=1.0),)), stage, x=x)
         copies = (Out(x=following),) * (self._halves if self.reused else 1)
-        return self.apply(Row((Out(x=1.0), *copies)), stage, x=x)
+        if not there:
+            return self.apply(Row((Out(x=1.0), *copies)), stage, x=x)
+        outs, found = self.written(stage, 1 + len(copies))
+        apply_row(Row(copies), x=x, out=outs[1:], dtypes=[out.dtype for out in outs[1:]])
+        return found
 
     def joined(self, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """A new state, and the next network input from the one half of it that was written, if any."""
