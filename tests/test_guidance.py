@@ -185,6 +185,13 @@ def test_rescale_of_one_gives_the_conditional_standard_deviation():
     torch.testing.assert_close(std(x - x0), std(seen[0][5:]))
 
 
+def test_one_condition_in_a_sequence_is_plain_guidance():
+    options = {"uncond": NULL, "seed": 0, "dtype": F64, "steps": 4}
+    plain = gk.Diffusion().sample(curved, SHAPE, cond=CONDS[0], guidance_scale=4.0, **options)
+    one = gk.Diffusion().sample(curved, SHAPE, cond=[CONDS[0]], guidance_scale=[4.0], **options)
+    torch.testing.assert_close(one, plain)
+
+
 def test_apg_of_eta_one_is_plain_guidance():
     options = {"cond": CONDS[0], "uncond": NULL, "guidance_scale": 4.0, "seed": 0, "dtype": F64, "steps": 4}
     plain = gk.Diffusion().sample(curved, SHAPE, **options)

@@ -45,7 +45,8 @@ class Loop:
     and mappings of these. Parameters changed in place are seen, moved or replaced ones captured anew.
 
     A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
-    captured already (torch.compile with mode="reduce-overhead"). One warning says so, and `refusal` why.
+    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide. One warning says so, and
+    `refusal` why.
 
     A Loop is not shared between threads.
 
