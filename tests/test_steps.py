@@ -201,3 +201,16 @@ def test_normaliser_of_one_element():
     x = torch.zeros(1, 1, dtype=F64)
     _, log_prob = gk.steps.flow(x, x, 0.0, 1.0, 2.0, x_s=x)
     assert float(log_prob) == pytest.approx(-math.log(2.0 * math.sqrt(2.0 * math.pi)))
+
+
+def test_scoring_is_compiled_without_a_break():
+    x_s, sampled = gk.steps.ddim(X, M, *ENDS, noise=Noise(0))
+
+    def score(output, x_s):
+        return gk.steps.ddim(X, output, *ENDS, x_s=x_s)[1]
+
+    one, two = M.clone().requires_grad_(), M.clone().requires_grad_()
+    eager, compiled = score(one, x_s), torch.compile(score, backend="aot_eager", fullgraph=True)(two, x_s)
+    assert torch.equal(eager, sampled) and torch.equal(compiled, sampled)
+    (wanted,), (got,) = (torch.autograd.grad(v.sum(), w) for v, w in ((eager, one), (compiled, two)))
+    assert torch.equal(got, wanted)
