@@ -13,6 +13,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Noise": ("noise", "Noise"),
     "BrownianNoise": ("brownian", "BrownianNoise"),
     "ops": ("ops", None),
+    "steps": ("steps", None),
     "reference": ("reference", None),
     "rows": ("rows", None),
     "fused": ("fused", None),
@@ -29,6 +30,8 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
     "Loop": ("graphs", "Loop"),
+    "APG": ("samplers", "APG"),
+    "STOP": ("samplers", "STOP"),
 }
 
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604

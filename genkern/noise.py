@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     CONDITION_DROPOUT = 6
     PROBES = 7
     BROWNIAN = 8
+    KNOWN = 9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

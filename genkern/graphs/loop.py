@@ -45,7 +45,8 @@ class Loop:
     and mappings of these. Parameters changed in place are seen, moved or replaced ones captured anew.
 
     A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
-    captured already (torch.compile with mode="reduce-overhead"). One warning says so, and `refusal` why.
+    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide. One warning says so, and
+    `refusal` why.
 
     A Loop is not shared between threads.
 
@@ -129,6 +130,9 @@ class Captures:
         """As samplers.loop.walk, captured where that can be."""
         if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("cuda_graph: expected False while the current stream is being captured")
+        if task.guide is not None:
+            self._report("a guide takes a gradient after every network call, which is not captured", task.model)
+            return loop.walk(task, part, tick)
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
                 "cuda_graph: expected a Loop that is not running, got one that another thread or the callback's own "

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from ..noise import Noise
 from ..rows import W
-from ..samplers import loop, network
+from ..samplers import loop
+from ..samplers.callback import STOP, observe
+from ..samplers.editing import Blend, Inpaint
+from ..samplers.guidance import Outputs
 from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
 from .capture import Capture, Graph
@@ -40,8 +43,8 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
-        task.scale, part.noise.sample_ids is None, task.step_noise is None, conditions.signature(part.cond),
-        _guidance_kind(part.guidance), autocast,
+        task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
+        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
     )  # fmt: skip
 
 
@@ -75,17 +78,21 @@ class Plan:
 
     def _make(self, task: loop.Run, part: loop.Part) -> None:
         self._stages, self._n, self._dtype = list(task.stages), part.n, task.dtype
-        self._guided = task.uncond is not None
+        self._guided = task.guided
         self._buffers = Buffers(task, part.n)
         self._cond = conditions.static(part.cond)
         self._ids = None
         if part.noise.sample_ids is not None:
             self._ids = torch.empty(part.n, dtype=torch.int64, device=task.device)
         self._guidance = _static_guidance(part.guidance, task.device)
-        by_sample = self._guidance is not None and self._guidance.numel() > 1
-        calls = 2 * part.n if self._guided else part.n
+        fused = self._guided is not None and self._guided.fused
+        by_sample = fused and self._guidance is not None and self._guidance.numel() > 1
         n_rows = part.n if by_sample else 1
-        self._moments = Moments(self._stages, n_rows, calls, task.time_dtype, task.device)
+        self._moments = Moments(self._stages, n_rows, task.calls * part.n, task.time_dtype, task.device)
+        self._outputs = Outputs(task, part.n, self._buffers.at(0)[0])
+        self._blend = None if task.inpaint is None else Blend(task, self._buffers)
+        like = self._buffers.at(0)[0]
+        self._inpaint = None if task.inpaint is None else Inpaint(torch.empty_like(like), torch.empty_like(like))
         self._z = torch.zeros_like(self._buffers.at(0)[0]) if task.step_noise is not None else None
         self._takes_z = [self._z is not None and stage.out.z != 0.0 for stage in self._stages]
         self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
@@ -95,7 +102,7 @@ class Plan:
             Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
             for i in range(len(self._stages))
         ]
-        self._draws = self._from_noise or any(update.draws for update in self._passes)
+        self._draws = task.scale != 0.0 or self._blend is not None or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
         self._step_of: list[_Step] = []
         self._tabulate(task)
@@ -105,9 +112,12 @@ class Plan:
     def _tabulate(self, task: loop.Run) -> None:
         """The kinds of steps, and for each a table with a line for every stage."""
         kinds = [
-            (self._passes[i].kind, self._takes_z[i], i == 0 and bool(stage.out.h) and not stage.reads)
+            (
+                self._passes[i].kind, self._takes_z[i], i == 0 and bool(stage.out.h) and not stage.reads,
+                self._guides(i), stage.time is None,
+            )
             for i, stage in enumerate(self._stages)
-        ]
+        ]  # fmt: skip
         arithmetic = torch.float64 if self._dtype == torch.float64 else torch.float32
         now, n_rows = self._moments.now, self._moments.now.rows.numel()
         for i, kind in enumerate(kinds):
@@ -155,8 +165,11 @@ class Plan:
                     self._moments.tell(i)
                     assert step.graph is not None
                     step.graph.replay()
-                    if task.watched:
-                        loop.observe(task, stage, self._buffers.at(i)[0], kept, tick)
+                    changed = observe(task, stage, self._buffers.at(i)[0], kept, tick) if task.watched else None
+                    if changed is STOP:
+                        return self._buffers.at(i)[0].clone(), kept
+                    if changed is not None:
+                        self._buffers.entered(i, changed, task.following(i))
             return self._buffers.at(len(self._stages) - 1)[0].clone(), kept
 
     def _missing(self, by_steps: bool) -> bool:
@@ -197,10 +210,15 @@ class Plan:
             self._moments.tell(step.first)
             self._stage(model, step.first, step.update, self._moments.now)
 
+    def _guides(self, i: int) -> bool:
+        return self._guided is not None and self._guided.on[i]
+
     def _begin(self, task: loop.Run, part: loop.Part) -> None:
+        self._outputs.begin()
         self._first(None if task.start is None else task.start[part.low : part.high])
 
     def _all_stages(self, model: Any) -> None:
+        self._outputs.begin()
         if self._from_noise:
             self._first(None)
         for i, update in enumerate(self._passes):
@@ -209,8 +227,10 @@ class Plan:
     def _stage(self, model: Any, i: int, update: Update, moment: Moment) -> None:
         x, seen = self._buffers.at(i - 1)
         before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
-        m, m_uncond = network.called(model, seen, moment.times, self._cond, self._dtype, self._guided)
-        update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+        m, m_uncond = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
+        x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+        if self._blend is not None and self._inpaint is not None:
+            self._blend(i, moment.stage, x, seen, self._inpaint, self._noise, moment.key)
 
     def _copy_in(self, part: loop.Part, by_steps: bool) -> None:
         if self._draws:
@@ -219,15 +239,20 @@ class Plan:
             conditions.fill(self._cond, part.cond)
         if self._ids is not None:
             self._ids.copy_(part.noise.sample_ids)
+        if self._inpaint is not None:
+            for own, given in zip(self._inpaint, part.inpaint or (), strict=True):
+                own.copy_(given)
         if self._guidance is None:
             return
         if isinstance(part.guidance, Tensor):
             self._guidance.copy_(part.guidance)
         else:
             self._guidance.fill_(part.guidance)
-        if self._short and not by_steps:
+        if (self._short and not by_steps) or self._guided is None or not self._guided.fused:
             return
         for step in self._steps.values():
+            if not self._guides(step.first):
+                continue
             lines = step.tables[0].reshape(len(self._stages), -1, step.tables[0].shape[1])
             lines[:, :, W] = self._guidance
 
@@ -242,6 +267,8 @@ class Plan:
 
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
+        given += [*self._outputs.tensors(), *(self._inpaint or ())]
+        given += [] if self._blend is None else [self._blend.numbers]
         tables = [table for step in self._steps.values() for table in step.tables]
         return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 
@@ -259,7 +286,7 @@ def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:
         return None
     if isinstance(guidance, Tensor):
         wide = guidance.dtype if guidance.dtype.itemsize >= 4 else torch.float32
-        return torch.empty(guidance.numel(), dtype=wide, device=device)
+        return torch.empty(guidance.shape, dtype=wide, device=device)
     return torch.empty(1, dtype=torch.float64, device=device)
 
 

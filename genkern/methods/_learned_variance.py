@@ -157,18 +157,23 @@ def sampling(
     """What the loop runs in place of a model of doubled channels: of DDPM with the learned variance, of others without.
 
     Raises:
-        ValueError: a batch_size that splits the batch, with DDPM.
+        ValueError: with DDPM, a batch_size that splits the batch, or guidance that changes how often a sample is seen.
     """
     halved, dtype = Halved(model), options.get("dtype", torch.float32)
     options = dict(options)
     if options.get("model_dtype") is None:
         options["model_dtype"] = network.dtype_of(model, dtype)
-    start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
+    start = next((options[k] for k in ("start", "init", "noise") if isinstance(options.get(k), Tensor)), None)
     if options.get("device") is None:
         options["device"] = network.device_of(model) if start is None else start.device
     size = shape if start is None else tuple(start.shape)
     if not isinstance(sampler, DDPM) or size is None:
         return halved, stages, options
+    for name in ("guidance_interval", "guide"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected None with a learned variance, got {options[name]}")
+    if isinstance(options.get("cond"), (list, tuple)):
+        raise ValueError(f"cond: expected one condition with a learned variance, got {len(options['cond'])}")
     batch_size = options.get("batch_size")
     if batch_size is not None and batch_size < size[0]:
         raise ValueError(f"batch_size: expected None, or the whole batch, with a learned variance, got {batch_size}")

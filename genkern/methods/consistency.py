@@ -24,7 +24,7 @@ from .. import check, grids, ops
 from ..fused import apply_row
 from ..kept import constant, kept
 from ..rows import Out, Row
-from ..samplers import Multistep, Preconditioned, loop, network
+from ..samplers import Multistep, Preconditioned, editing, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._training import Batch
 from .flow import sampler_named
@@ -211,8 +211,9 @@ class Consistency:
             grid = self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
         else:
             grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
+        grid, more = editing.begun(grid, self.function, {"scale": float(grid[0]), **loop.known(options)})
         stages = stages_of(Multistep(self.sigma_min), self.function, grid)
-        return loop.run(model, stages, shape, scale=float(grid[0]), clip=clip, **loop.known(options))
+        return loop.run(model, stages, shape, along=self.function, clip=clip, **more)
 
     def sample_ode(
         self,
@@ -253,8 +254,9 @@ class Consistency:
             else:
                 upper = self.times(steps)[::-1] if steps > 1 else np.array([self.sigma_max])
                 grid = np.append(upper, 0.0)
+        grid, more = editing.begun(grid, self.teacher, {"scale": float(grid[0]), **loop.known(options)})
         stages = stages_of(sampler_named(sampler), self.teacher, grid)
-        return loop.run(teacher, stages, shape, scale=float(grid[0]), **loop.known(options))
+        return loop.run(teacher, stages, shape, along=self.teacher, **more)
 
     def _given(self, steps: int | None, times: Any) -> np.ndarray:
         if steps is not None:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, paths
+from .. import check, paths, steps
 from ..brownian import BrownianNoise
-from ..samplers import DDIMInversion, OnPath, loop, network
+from ..samplers import DDIMInversion, OnPath, editing, loop, network
 from ..samplers.ddpm import VARIANCES
 from ..samplers.table import Sampler, stages_of
 from ._diffusion_loss import added, residual_loss
@@ -263,22 +263,48 @@ class Diffusion(Variational):
         Raises:
             ValueError, TypeError: an argument is not what it may be.
         """
+        editing.refuse(options, "in encode(), which starts from x")
         grid = grid_of(self.path, steps, spacing, timesteps, sigmas)[::-1]
         return self._run(model, DDIMInversion(), grid, None, round_times, start=x, **loop.known(options))
 
+    def step(
+        self, x_t: Tensor, model_output: Tensor, t: Any, s: Any, *, x_s: Tensor | None = None, eta: Any = 1.0,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A stochastic step from t to s with its log-density, of the network's output at t: steps.ddim on this path.
+
+        Args:
+            x_t: state at t.  [B, ...].
+            model_output: the network's output at (x_t, t).  [B, ...].
+            t, s: times with t > s, each a number, or one a sample, [B] (int64 of 0 .. T-1 where time is discrete).
+            x_s: the state at s to score; None: sample it.
+            eta: > 0.
+            options: of steps.ddim: noise, clip, uncond, guidance_scale, reduction.
+
+        Returns:
+            (x_s, log p(x_s | x_t)).  [B, ...] and [B].
+
+        Raises:
+            ValueError, TypeError: as steps.ddim; the prediction "score".
+        """
+        scales = [scale(time) for time in (t, s) for scale in (self.path.alpha, self.path.sigma)]
+        return steps.ddim(x_t, model_output, *scales, eta=eta, x_s=x_s, prediction=self.prediction, **options)
+
     def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
         round_times = self.discrete and round_times
-        stages = stages_of(sampler, OnPath(self.path, self.prediction, round_times), grid)
+        along = OnPath(self.path, self.prediction, round_times)
+        grid, options = editing.begun(grid, along, options)
+        stages = stages_of(sampler, along, grid)
         if isinstance(options.get("step_noise"), BrownianNoise):
             options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
         if self._range is not None:
             model, stages, options = sampling(model, sampler, stages, self._table, grid, shape, options)
         time_dtype = torch.int64 if round_times else None
-        return loop.run(model, stages, shape, time_dtype=time_dtype, **options)
+        return loop.run(model, stages, shape, time_dtype=time_dtype, along=along, **options)
 
     def _along(self, brownian: BrownianNoise, model: Any, grid: np.ndarray, shape: Any, options: dict[str, Any]) -> Any:
         """The noise of the grid's steps, by the signal-to-noise ratio."""
-        start = next((options[k] for k in ("start", "noise") if isinstance(options.get(k), Tensor)), None)
+        start = next((options[k] for k in ("start", "init", "noise") if isinstance(options.get(k), Tensor)), None)
         size = shape if start is None else start.shape
         if size is None:
             return None  # which the loop refuses

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import check, grids, ops, paths
 from ..noise import Purpose
-from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, loop, network
+from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, editing, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._density import DensityRun
 
@@ -129,10 +129,14 @@ class Flow:
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
         grid = _grid(steps, times, forward)
+        if not forward:
+            editing.refuse(options, "with direction='backward', which leads away from the data")
         trained = OnPath(self.path, "velocity")
         path = self.path if along is None else flow_path("along", along)
-        stages = stages_of(sampler_named(sampler), trained if along is None else Along(trained, path), grid)
-        return loop.run(model, stages, shape, start=start, scale=path.sigma(0.0), **loop.known(options))
+        asked = trained if along is None else Along(trained, path)
+        grid, more = editing.begun(grid, asked, loop.known(options))
+        stages = stages_of(sampler_named(sampler), asked, grid)
+        return loop.run(model, stages, shape, start=start, along=asked, **{"scale": path.sigma(0.0), **more})
 
     def log_prob(
         self,

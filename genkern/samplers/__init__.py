@@ -3,6 +3,7 @@
 from .ab2 import AB2
 from .along import Along
 from .ancestral import EulerAncestral
+from .callback import STOP
 from .consistency import Multistep
 from .ddim import DDIM
 from .ddpm import DDPM
@@ -10,6 +11,7 @@ from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
 from .edm_heun import EDMHeun
 from .euler import Euler
+from .guidance import APG
 from .heun import Heun
 from .inversion import DDIMInversion
 from .loop import Options, run
@@ -21,7 +23,9 @@ from .table import Sampler, Stage
 from .unipc import UniPC
 
 __all__ = [
+    "STOP",
     "AB2",
+    "APG",
     "DDIM",
     "DDIMInversion",
     "DDPM",

@@ -80,3 +80,6 @@ class Along:
 
     def model_time(self, t: float) -> float:
         return self.trained.model_time(self._match(t)[0])
+
+    def scales(self, t: float) -> tuple[float, float]:
+        return float(self.path.alpha(t)), float(self.path.sigma(t))

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,31 +25,36 @@ from .. import check
 from ..brownian import BrownianNoise
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from . import network
+from . import editing, energy, guidance, network
+from .callback import STOP, Callback, bar, observe
+from .editing import Blend, EditingOptions, Inpaint
+from .energy import Guide, GuideOptions, Steered
+from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..graphs import Loop
+    from .parameterization import Parameterization
 
-Callback = Callable[[int, float, Tensor], object]
 
-
-class Options(TypedDict, total=False):
-    """The keyword arguments of every sample(), and what they mean there.
+class Options(GuidanceOptions, EditingOptions, GuideOptions, total=False):
+    """The keyword arguments of every sample(), beside those of GuidanceOptions, EditingOptions and GuideOptions.
 
     seed: 0 to 2^64 - 1. Without seed, noise and generator a seed is drawn from torch's CPU generator.
     noise: a Noise (its draw is replaced by the loop's); or a tensor, the initial state itself [B, ...].
     generator: a torch.Generator that a seed is drawn from.
     step_noise: standard normal noise of the steps, [steps, B, ...], or a callable of the step k giving [B, ...]; of
         Diffusion also a BrownianNoise.
-    cond: keyword arguments of the model; tensors have the batch as dimension 0. uncond: the same for guidance.
-    guidance_scale: w of m_u + w (m_c - m_u), a number or a tensor [B]; needs uncond; the model sees 2B samples.
     device: default that of a given initial state, else the model's.
     dtype: of the state, float32 or float64; default float32.
     model_dtype: of the network's input; default that of the model's first parameter, else the state's.
     progress: show a bar (tqdm).
-    callback: callback(step, time, x) after every step, x its own copy.
+    callback: callback(step, time, x) after every step, x its own copy. It returns None; or a tensor like x, the state
+        that the loop goes on with (what a multistep sampler remembers of earlier steps stays); or genkern.STOP, to end
+        the loop with the state as it is. With batch_size each part has its own steps, and its own end.
     return_trajectory: return (x, trajectory), trajectory [steps + 1, B, ...] from the initial state on.
     batch_size: most samples that the loop carries at once; default all.
     differentiable: keep the gradient.
@@ -62,9 +67,6 @@ class Options(TypedDict, total=False):
     noise: Noise | Tensor | None
     generator: torch.Generator | None
     step_noise: Tensor | Callable[[int], Tensor] | BrownianNoise | None
-    cond: Mapping[str, Any] | None
-    uncond: Mapping[str, Any] | None
-    guidance_scale: Any
     device: torch.device | str | None
     dtype: torch.dtype
     model_dtype: torch.dtype | None
@@ -92,14 +94,18 @@ class Run:
     stages: Sequence[Stage]
     shape: tuple[int, ...]
     start: Tensor | None
-    scale: float  # of the initial noise, where no start is given
+    start_scale: float  # of the start
+    scale: float  # of the initial noise; 0 where the start is the initial state
     time_dtype: torch.dtype
     clip: tuple[float, float] | None
     noise: Noise
     step_noise: Tensor | Callable[[int], Tensor] | None
-    cond: Mapping[str, Any]
-    uncond: Mapping[str, Any] | None
-    guidance: Any
+    cond: Sequence[Mapping[str, Any]]  # under guidance the unconditional ones first
+    guidance: Any  # its scales
+    guided: Guided | None
+    along: Parameterization | None  # what the network predicts, and on which path
+    inpaint: Inpaint | None
+    guide: Guide | None
     device: torch.device
     dtype: torch.dtype
     model_dtype: torch.dtype
@@ -113,10 +119,40 @@ class Run:
         return self.stages[-1].step + 1
 
     @property
+    def initial(self) -> tuple[Out, Purpose]:
+        """The row of the initial state, and whose noise is its z: where the state is given, that of the first step's
+        churn, if any; elsewhere churn and the state's own noise, which are independent, are drawn as one."""
+        out = Out(z=self.scale) if self.start is None else Out(x=self.start_scale, z=self.scale)
+        churn = self.stages[0].before
+        if churn is None:
+            return out, Purpose.INITIAL
+        row = Out(x=churn.x * out.x, z=math.hypot(churn.x * out.z, churn.z))
+        return row, Purpose.INITIAL if self.scale else Purpose.CHURN
+
+    def following(self, i: int) -> float | None:
+        """What the network's input after stage i is scaled by; None after the last."""
+        return self.stages[i + 1].input_scale if i + 1 < len(self.stages) else None
+
+    @property
     def separate(self) -> bool:
         """Whether the network's input is another tensor than the state."""
         scaled = any(stage.input_scale != 1.0 for stage in self.stages)
-        return scaled or self.guidance is not None or self.model_dtype != self.dtype
+        return scaled or self.halves > 1 or self.model_dtype != self.dtype
+
+    @property
+    def halves(self) -> int:
+        """How often the loop's passes write the network's input: one after another where one condition guides."""
+        return 2 if self.guided is not None and self.guided.count == 1 else 1
+
+    @property
+    def calls(self) -> int:
+        """How many samples the network sees for each of the batch."""
+        return len(self.cond)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether passes beside a stage's own look its numbers up on the device."""
+        return self.inpaint is not None or (self.guided is not None and self.guided.apg is not None)
 
     @property
     def watched(self) -> bool:
@@ -126,13 +162,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Samples low .. high-1 of a run: their noise, conditions (doubled under guidance) and guidance scales."""
+    """Samples low .. high-1 of a run: their noise, conditions (under guidance of all, one after another), scales."""
 
     low: int
     high: int
     noise: Noise
     cond: dict[str, Any]
     guidance: Any
+    inpaint: Inpaint | None
+    guide: Guide | None
 
     @property
     def n(self) -> int:
@@ -145,16 +183,18 @@ def run(
     shape: Sequence[int] | None,
     *,
     start: Tensor | None = None,
+    init: Tensor | None = None,
+    init_scale: float = 1.0,
     scale: float = 1.0,
     time_dtype: torch.dtype | None = None,
+    along: Parameterization | None = None,
     clip: Any = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     seed: int | None = None,
     noise: Noise | Tensor | None = None,
     generator: torch.Generator | None = None,
     step_noise: Tensor | Callable[[int], Tensor] | None = None,
-    cond: Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    guidance_scale: Any = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     model_dtype: torch.dtype | None = None,
@@ -164,6 +204,11 @@ def run(
     batch_size: int | None = None,
     differentiable: bool = False,
     cuda_graph: bool | Loop = False,
+    guide: Callable[..., Tensor] | None = None,
+    guide_scale: Any = None,
+    guide_through: bool | None = None,
+    guide_cond: Mapping[str, Any] | None = None,
+    **conditions: Unpack[GuidanceOptions],
 ) -> Any:
     """Walk the stages from an initial state.
 
@@ -171,8 +216,10 @@ def run(
         model: called as model(x, t, **cond); must not change x in place.
         stages: of a sampler.
         shape: [B, ...] of the state; may be None where a start is given.
-        start: the initial state; else `noise` where it is a tensor, else scale times noise.
+        start: the initial state; else `noise` where it is a tensor, else init_scale init + scale noise, or the second
+            term alone.
         time_dtype: of t; default float32, float64 where the network's input is float64.
+        along: what the network predicts and on which path; apg, mask and guide need it.
         clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
         others: as Options says.
 
@@ -182,13 +229,22 @@ def run(
     Raises:
         ValueError, TypeError: an argument is not what it may be; the model's output has another shape than its input.
     """
+    if init is not None:
+        if start is not None:
+            raise ValueError("init: expected None where the initial state is given, got a tensor")
+        if isinstance(noise, Tensor):
+            raise ValueError("noise: expected a Noise beside init, got a tensor")
     if isinstance(noise, Tensor):
         if start is not None:
             raise ValueError("noise: expected a Noise where the initial state is given, got a tensor")
         start, noise = noise, None
     elif noise is not None and not isinstance(noise, Noise):
         raise TypeError(f"noise: expected a Noise or a tensor, got {type(noise).__name__}")
-    size = _shape(shape, start)
+    size = _shape(shape, start) if init is None else _shape(shape, init, "init")
+    if init is not None or start is None:
+        start, start_scale = init, init_scale
+    else:
+        start_scale, scale = 1.0, 0.0
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float32 or torch.float64 for the state, got {dtype}")
     model_dtype = network.dtype_of(model, dtype) if model_dtype is None else network.checked_dtype(model_dtype)
@@ -211,16 +267,14 @@ def run(
     limits = check.clip_range(clip)
     if limits is not None and all(stage.pred is None for stage in stages):
         raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
-    given = network.conditions("cond", cond, size[0])
-    null = None
-    if guidance_scale is not None:
-        if uncond is None:
-            raise ValueError("uncond: expected the unconditional conditions beside guidance_scale, got None")
-        null = network.conditions("uncond", uncond, size[0])
-        network.doubled(null, given)
-        guidance_scale = check.coefficient("guidance_scale", guidance_scale, torch.empty(size[:1], device=where))
-    elif uncond is not None:
-        raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
+    like = torch.empty(size[:1], device=where)
+    given, scales, guided = guidance.checked(conditions, stages, along, like, guide is not None)
+    steering = energy.checked(guide, guide_scale, guide_through, guide_cond, stages, along, like)
+    if steering is not None and differentiable:
+        raise ValueError("guide: expected None with differentiable=True, as it takes gradients of its own")
+    inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size))
+    if inpaint is not None and along is None:
+        raise ValueError("mask: expected None where the sampler's path is not known, got a tensor")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
     captures = None
     if cuda_graph is not False:
@@ -233,8 +287,8 @@ def run(
         noise = noise.of_samples(check.sample_ids(noise.sample_ids, size[0], False, where))
     source = resolve_noise(seed, noise, generator)  # the last check, as it may draw a seed
     task = Run(
-        model, stages, size, start, scale, time_dtype, limits, source, step_noise, given, null, guidance_scale,
-        where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
+        model, stages, size, start, start_scale, scale, time_dtype, limits, source, step_noise, given, scales, guided,
+        along, inpaint, steering, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
     if not size[0]:
         nothing = torch.empty(size, dtype=dtype, device=where)
@@ -243,13 +297,15 @@ def run(
     bounds = [(low, min(low + batch, size[0])) for low in range(0, size[0], batch)]
     with (
         contextlib.nullcontext() if differentiable else torch.no_grad(),
-        _bar(progress, task.steps * len(bounds)) as tick,
+        bar(progress, task.steps * len(bounds)) as tick,
     ):
         parts = [walked(task, part_of(task, low, high), tick) for low, high in bounds]
     x = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
     if not return_trajectory:
         return x
-    return x, torch.cat([torch.stack(part[1]) for part in parts], dim=1)
+    length = max(len(part[1]) for part in parts)  # a part that was stopped stays where it was
+    states = [[*kept, *[kept[-1]] * (length - len(kept))] for _, kept in parts]
+    return x, torch.cat([torch.stack(part) for part in states], dim=1)
 
 
 def resolve_noise(seed: int | None, noise: Noise | None, generator: torch.Generator | None) -> Noise:
@@ -274,53 +330,48 @@ def part_of(task: Run, low: int, high: int) -> Part:
     ids = task.noise.sample_ids
     if ids is not None or high - low < task.shape[0]:
         ids = torch.arange(low, high, device=task.device) if ids is None else ids[low:high]
-    cond = network.of_samples(task.cond, low, high)
-    guidance = task.guidance
-    if task.uncond is not None:
-        cond = network.doubled(network.of_samples(task.uncond, low, high), cond)
-        guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
-    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, guidance)
+    cond = network.stacked([network.of_samples(each, low, high) for each in task.cond])
+    scales = guidance.of_samples(task.guidance, low, high)
+    inpaint = None if task.inpaint is None else task.inpaint.of_samples(low, high)
+    guide = None if task.guide is None else task.guide.of_samples(low, high)
+    return Part(low, high, task.noise if ids is None else task.noise.of_samples(ids), cond, scales, inpaint, guide)
 
 
 def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
     """The stages over a part: its last state, and its states from the initial one on where they are asked for."""
-    guided = task.uncond is not None
-    calls = 2 * part.n if guided else part.n
     times = torch.tensor([stage.model_time for stage in task.stages], dtype=task.time_dtype, device=task.device)
-    instants = times[:, None].expand(-1, calls).contiguous().unbind()
+    instants = times[:, None].expand(-1, task.calls * part.n).contiguous().unbind()
+    numbers: Sequence[Any] = (None,) * len(task.stages)
+    if task.numbered:
+        numbers = torch.arange(len(task.stages), device=task.device).split(1)
     buffers = Buffers(task, part.n)
     updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
 
     x, seen = begin(task, part, buffers)
+    outputs = Outputs(task, part.n, x) if part.guide is None else Steered(task, part.n, x, part.guide)
+    blend = None if task.inpaint is None else Blend(task, buffers)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
-    for stage, update, t in zip(task.stages, updates, instants, strict=True):
-        m, m_uncond = network.called(task.model, seen, t, part.cond, task.dtype, guided)
+    for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
+        m, m_uncond = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
         before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
-        observe(task, stage, x, kept, tick)
+        if blend is not None and part.inpaint is not None:
+            x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
+        changed = observe(task, stage, x, kept, tick) if task.watched else None
+        if changed is STOP:
+            break
+        if changed is not None:
+            x, seen = buffers.entered(i, changed, task.following(i))
     return x, kept
-
-
-def observe(task: Run, stage: Stage, x: Tensor, kept: list[Tensor], tick: Callable[[], object]) -> None:
-    """What is done between two steps: the state is kept and shown, in copies."""
-    if stage.time is None:
-        return
-    if task.return_trajectory:
-        kept.append(x.clone())
-    if task.callback is not None:
-        task.callback(stage.step, stage.time, x.clone())
-    tick()
 
 
 def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
-    following, before = task.stages[0].input_scale, task.stages[0].before or Out(x=1.0)
+    out, purpose = task.initial
+    row, noise = Row(buffers.outputs(out, task.stages[0].input_scale)), part.noise.at(purpose)
     if task.start is None:
-        row = Row(buffers.outputs(Out(z=math.hypot(task.scale * before.x, before.z)), following))
-        return buffers.apply(row, -1, noise=part.noise.at(Purpose.INITIAL), size=buffers.shape, device=task.device)
-    row = Row(buffers.outputs(before, following))
-    z = part.noise.at(Purpose.CHURN) if before.z != 0.0 else None
-    return buffers.apply(row, -1, x=task.start[part.low : part.high], noise=z)
+        return buffers.apply(row, -1, noise=noise, size=buffers.shape, device=task.device)
+    return buffers.apply(row, -1, x=task.start[part.low : part.high], noise=noise if out.z else None)
 
 
 def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
@@ -334,28 +385,15 @@ def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
     return z[part.low : part.high].to(task.device, task.dtype)
 
 
-@contextlib.contextmanager
-def _bar(progress: bool, total: int) -> Any:
-    if not progress:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, desc="sample", unit="step") as bar:
-        yield bar.update
-
-
-def _shape(shape: Sequence[int] | None, start: Tensor | None) -> tuple[int, ...]:
+def _shape(shape: Sequence[int] | None, start: Tensor | None, name: str = "initial state") -> tuple[int, ...]:
     if start is None:
         if shape is None:
             raise ValueError("shape: expected the state's shape, or an initial state, got None")
         return check.shape(shape)
     if not isinstance(start, Tensor) or not check.is_float(start.dtype):
-        raise TypeError(
-            f"initial state: expected a tensor of {check.FLOATS}, got {getattr(start, 'dtype', type(start))}"
-        )
+        raise TypeError(f"{name}: expected a tensor of {check.FLOATS}, got {getattr(start, 'dtype', type(start))}")
     if not start.ndim:
-        raise ValueError("initial state: expected dimension 0 to be the batch, got a 0-d tensor")
+        raise ValueError(f"{name}: expected dimension 0 to be the batch, got a 0-d tensor")
     if shape is not None and tuple(start.shape) != tuple(shape):
-        raise ValueError(f"initial state: expected shape {tuple(shape)}, got {tuple(start.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(start.shape)}")
     return tuple(start.shape)

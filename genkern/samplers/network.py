@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,18 +29,6 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
     if not check.is_float(out.dtype):
         raise TypeError(f"{name}: expected output of {check.FLOATS}, got {out.dtype}")
     return out
-
-
-def called(
-    model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], dtype: torch.dtype, guided: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What a row reads of the network: its output, of at most `dtype`'s precision, and the unconditional one, which is
-    the first half of a doubled batch."""
-    m = at_most(call(model, x, t, cond), dtype)
-    if not guided:
-        return m, None
-    n = x.shape[0] // 2
-    return m[n:], m[:n]
 
 
 def at_most(m: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,6 +95,23 @@ def of_samples(cond: Mapping[str, Any], low: int, high: int) -> dict[str, Any]:
             found[key] = of_samples(value, low, high)
         else:
             found[key] = value[low:high] if isinstance(value, Tensor) and value.ndim else value
+    return found
+
+
+def stacked(conds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The conditions of as many batches, one after another; each is checked against the first by doubled()."""
+    first, *others = conds
+    if not others:
+        return dict(first)
+    found: dict[str, Any] = {}
+    for key, value in first.items():
+        each = [other[key] for other in others]
+        if isinstance(value, Mapping) and all(isinstance(other, Mapping) for other in each):
+            found[key] = stacked([value, *each])
+        elif isinstance(each[0], Tensor) and each[0].ndim:
+            found[key] = torch.cat([value, *each])
+        else:
+            found[key] = each[0]
     return found
 
 

@@ -42,6 +42,9 @@ class Parameterization(Protocol):
     def model_time(self, t: float) -> float:
         """The network is told this."""
 
+    def scales(self, t: float) -> tuple[float, float]:
+        """alpha and sigma of the path: x = alpha data + sigma noise."""
+
 
 class OnPath:
     """A network that predicts `prediction` on `path`, given x and t as they are, or the nearest integer to t."""
@@ -67,6 +70,9 @@ class OnPath:
 
     def model_time(self, t: float) -> float:
         return float(round(t)) if self.round_times else t
+
+    def scales(self, t: float) -> tuple[float, float]:
+        return float(self.path.alpha(t)), float(self.path.sigma(t))
 
 
 class Preconditioned:
@@ -113,3 +119,6 @@ class Preconditioned:
 
     def model_time(self, t: float) -> float:
         return float(self.c_noise(t))
+
+    def scales(self, t: float) -> tuple[float, float]:
+        return 1.0, t

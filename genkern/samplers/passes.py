@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import check, functions
 from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
-from ..rows import MAX_OUTS, Out, Row, RowTable, pack
+from ..rows import MAX_OUTS, Coef, Out, Row, RowTable, pack
 from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ class Update:
         self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any, live: Live | None = None
     ) -> None:
         stage = task.stages[i]
-        following = task.stages[i + 1].input_scale if i + 1 < len(task.stages) else None
+        following = task.following(i)
         clip = task.clip if stage.pred is not None else None
         outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
         split = len(outs) + len(kept) > MAX_OUTS
         self._copy: Row | RowTable | None = Row((Out(x=following),) * (len(outs) - 1)) if split else None
         fused = outs[:1] if split else outs
-        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance)
+        guides = task.guided is not None and task.guided.fused and task.guided.on[i]
+        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance if guides else None)
         self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
         self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
         self._keeps = tuple(slot for slot, _ in stage.keeps)
@@ -145,12 +146,13 @@ class First:
     """
 
     def __init__(self, task: Run, buffers: Buffers, noise: Noise, key: Tensor) -> None:
-        row = Row(buffers.outputs(Out(z=task.scale) if task.start is None else Out(x=1.0), task.stages[0].input_scale))
-        drawn = noise.at(Purpose.INITIAL) if task.start is None else None
+        out, purpose = task.initial
+        row = Row(buffers.outputs(out, task.stages[0].input_scale))
+        drawn = noise.at(purpose) if out.z else None
         self._outs, _ = buffers.written(-1, len(row.outs))
         dtypes = [out.dtype for out in self._outs]
         spec, self._tensors = prepared(row, drawn, self._outs[0], 0, dtypes)
-        self._spec = spec._replace(size=buffers.shape, device=task.device) if drawn else spec
+        self._spec = spec._replace(size=buffers.shape, device=task.device) if task.start is None else spec
         self._tensors[DEVICE_KEY] = key if drawn else None
         self._text = numbers(self._spec) if functions.direct(task.device) else None
 
@@ -164,6 +166,16 @@ class First:
             functions.run_numbers(self._text, self._outs, tensors)
 
 
+def noised(row: Row, x: Tensor, noise: Noise, key: Tensor | None) -> Tensor:
+    """A row of x and noise, with one output, its coefficients in device memory; with seed, stream and step of the key,
+    int64 [3], where one is given."""
+    if key is None:
+        return apply_row(row, x=x, noise=noise)[0]
+    spec, tensors = prepared(row, noise, x, 0, (x.dtype,))
+    tensors[X], tensors[DEVICE_KEY] = x, key
+    return functions.map_rows(spec, *tensors)[0]
+
+
 class Buffers:
     """Where the states and the network's inputs are written: by turns into two of each, so that no pass writes what
     it, or a view that the network returned, reads. A row with h writes over h, the state before last: element by
@@ -172,7 +184,7 @@ class Buffers:
 
     def __init__(self, task: Run, n: int) -> None:
         self.shape = (n, *task.shape[1:])
-        self._halves = 2 if task.uncond is not None else 1
+        self._halves = task.halves
         self._separate, self.reused = task.separate, not task.differentiable
         self._dtype, self.model_dtype = task.dtype, task.model_dtype
         slots = 1 + max((slot for stage in task.stages for slot, _ in stage.keeps), default=-1)
@@ -205,6 +217,18 @@ class Buffers:
             return found
         x, *inputs = apply_row(row, dtypes=dtypes, **terms)
         return self.joined(x, inputs)
+
+    def entered(self, stage: int, x: Tensor, following: Coef | None) -> tuple[Tensor, Tensor]:
+        """A state in the place of what a stage's pass has written, and the next network input, `following` times it."""
+        there = self.reused and x is self._states[stage % 2]
+        if following is None or not self._separate:
+            return (x, x) if there else self.apply(Row((Out(x=1.0),)), stage, x=x)
+        copies = (Out(x=following),) * (self._halves if self.reused else 1)
+        if not there:
+            return self.apply(Row((Out(x=1.0), *copies)), stage, x=x)
+        outs, found = self.written(stage, 1 + len(copies))
+        apply_row(Row(copies), x=x, out=outs[1:], dtypes=[out.dtype for out in outs[1:]])
+        return found
 
     def joined(self, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """A new state, and the next network input from the one half of it that was written, if any."""

@@ -31,6 +31,7 @@ class Stage:
         reads: the slots of the loop's memory that the row's h are read from.
         keeps: (slot, row): what the same pass writes into the loop's memory, for later stages to read; a slot may be
             read and written at once.
+        at: the time of the network call, as the path counts it; None: model_time.
         before: of the first stage: the initial state as a row of x, what is given or drawn, and of noise z of its own.
     """
 
@@ -42,7 +43,13 @@ class Stage:
     time: float | None
     reads: tuple[int, ...] = ()
     keeps: tuple[tuple[int, Out], ...] = ()
+    at: float | None = None
     before: Out | None = None
+
+    @property
+    def called_at(self) -> float:
+        """The time of the network call."""
+        return self.model_time if self.at is None else self.at
 
 
 class Sampler(Protocol):
@@ -59,7 +66,7 @@ def stage(
     reads: tuple[int, ...] = (), keeps: tuple[tuple[int, Out], ...] = (),
 ) -> Stage:  # fmt: skip
     """The stage whose network call is at t."""
-    return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time, reads, keeps)
+    return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time, reads, keeps, t)
 
 
 def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> Sequence[Stage]:
