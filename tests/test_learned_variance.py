@@ -149,6 +149,14 @@ def test_other_samplers_take_the_prediction_alone():
     torch.testing.assert_close(encoded, of["fixed_small"].encode(first_half, x, steps=4))
 
 
+def test_a_learned_variance_is_that_of_data_to_start_from_too():
+    diffusion, x = diffusions()["learned_range"], torch.randn(SHAPE)
+    one, other = (
+        diffusion.sample(constant(v), init=x, strength=0.5, steps=4, sampler="ddpm", seed=2) for v in (-1.0, 1.0)
+    )
+    assert not torch.equal(one, other)
+
+
 def test_under_guidance_the_range_is_the_conditional_ones():
     diffusion, model = diffusions()["learned_range"], Doubled()
     y, null, x = torch.linspace(0.0, 1.0, 4, dtype=F64), torch.zeros(4, dtype=F64), torch.randn(SHAPE, dtype=F64)
@@ -195,11 +203,18 @@ def test_a_network_without_the_channels_is_named(call):
         of[call]()
 
 
+def ddpm(**options):
+    return diffusions()["learned_range"].sample(constant(0.0), SHAPE, sampler="ddpm", **options)
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda: gk.Diffusion("continuous_vp", variance="learned_range"), "variance: expected a fixed one in continuous"),
     (lambda: gk.Diffusion(variance="learned"), "variance: expected one of 'fixed_small', 'fixed_large', 'learned_r"),
     (lambda: diffusions()["learned_range"].sample(constant(0.0), SHAPE, sampler="ddpm", batch_size=2), "batch_size: "),
     (lambda: diffusions()["learned_range"].vlb(constant(0.0), torch.zeros(SHAPE), eta=0.5), "posterior_std, eta, sig"),
+    (lambda: ddpm(guidance_scale=2.0, cond={}, uncond={}, guidance_interval=(1, 3)), "guidance_interval: expected"),
+    (lambda: ddpm(guidance_scale=[2.0, 1.0], cond=[{}, {}], uncond={}), "cond: expected one condition with a learned"),
+    (lambda: ddpm(guide=lambda x, t, y: x.sum()), "guide: expected None with a learned variance"),
 ])  # fmt: skip
 def test_unsupported_combination_is_named(make, words):
     with pytest.raises(ValueError, match=words):
