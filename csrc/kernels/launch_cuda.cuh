@@ -125,27 +125,22 @@ using Lies = std::integral_constant<Layout, kValue>;
 // launch(Acc(), vector's elements, layout) of any pass.
 template <typename Launch>
 void launch_any(const MapArgs& args, const Walk& walk, Launch launch) {
-  const bool halves = vector_width(args) == 8;
+  const auto vectors = [&](auto layout) {
+    if (args.f64) {
+      launch(double(), Int<4>(), layout);
+    } else if (vector_width(args) == 8) {
+      launch(float(), Int<8>(), layout);
+    } else {
+      launch(float(), Int<4>(), layout);
+    }
+  };
   switch (layout_of(args, walk)) {
-    case Layout::linear: {
-      constexpr Lies<Layout::linear> kLayout;
-      args.f64 ? launch(double(), Int<4>(), kLayout)
-      : halves ? launch(float(), Int<8>(), kLayout)
-               : launch(float(), Int<4>(), kLayout);
-      return;
-    }
-    case Layout::permuted: {
-      constexpr Lies<Layout::permuted> kLayout;
-      args.f64 ? launch(double(), Int<4>(), kLayout)
-      : halves ? launch(float(), Int<8>(), kLayout)
-               : launch(float(), Int<4>(), kLayout);
-      return;
-    }
-    default: {
-      constexpr Lies<Layout::strided> kLayout;
-      args.f64 ? launch(double(), Int<1>(), kLayout) : launch(float(), Int<1>(), kLayout);
-    }
+    case Layout::linear: return vectors(Lies<Layout::linear>());
+    case Layout::permuted: return vectors(Lies<Layout::permuted>());
+    default: break;
   }
+  constexpr Lies<Layout::strided> kStrided;
+  args.f64 ? launch(double(), Int<1>(), kStrided) : launch(float(), Int<1>(), kStrided);
 }
 
 template <typename Acc>
