@@ -1,9 +1,10 @@
-"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion."""
+"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula: of
+Consistency's training."""
 
-from . import times, weightings
+from . import curricula, times, weightings
 from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
 from .rectified_flow import RectifiedFlow
 
-__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "times", "weightings"]
+__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "curricula", "times", "weightings"]

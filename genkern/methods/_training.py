@@ -15,6 +15,7 @@ from ..samplers.loop import check_source
 from .times import TimeSampler, Uniform
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
+Metric = Callable[[Tensor, Tensor], Tensor]  # d(f, target), [B]
 
 
 class LossOptions(TypedDict, total=False):
@@ -138,22 +139,19 @@ class Batch:
     def loss(
         self, m: Tensor, x: Tensor | None, times: Tensor, *, factor: Tensor | None = None,
         importance: Tensor | None = None, record: Callable[[Tensor, Tensor], object] | None = None,
-        added: Tensor | None = None, **target: Any,
+        added: Tensor | None = None, default: Tensor | None = None, **target: Any,
     ) -> Tensor:  # fmt: skip
         """ops.path_loss under the caller's options.
 
         Args:
+            default: the weight where the caller gives none.  [B].
             factor: of the samples' losses, beside the caller's weight.  [B].
             importance: weights of how the times were drawn.  [B].
             record: given the times and the losses without those weights.
             added: to the samples' weighted losses.  [B].
         """
         options = self._options
-        weight, reduction = options.get("weight"), options.get("reduction", "mean")
-        if callable(weight):
-            weight = weight(times)
-            if weight is None:
-                raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
+        weight, reduction = self._weight(times, default), options.get("reduction", "mean")
         if factor is not None:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
         found = ops.path_loss(
@@ -171,3 +169,39 @@ class Batch:
         if reduction == "none":
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+
+    def measurable(self, metric: Metric | None) -> None:
+        """A metric in place of `kind`. TypeError: not callable. ValueError: kind or mask beside it."""
+        if metric is None:
+            return
+        if not callable(metric):
+            raise TypeError(f"metric: expected a callable of (f, target), got {type(metric).__name__}")
+        for name in ("kind", "mask"):
+            if self._options.get(name) is not None:
+                raise ValueError(f"{name}: expected None beside a metric, got {name} and metric")
+
+    def measured(
+        self, metric: Metric, f: Tensor, target: Tensor, times: Tensor, *, default: Tensor | None = None
+    ) -> Tensor:
+        """metric(f, target), weighted and reduced under the caller's options; default as in loss()."""
+        found = metric(f, target)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"metric: expected a tensor [{self.size}], got {type(found).__name__}")
+        if found.ndim == 0 or found.shape[0] != self.size or found.numel() != self.size:
+            raise ValueError(f"metric: expected shape ({self.size},), one a sample, got {tuple(found.shape)}")
+        found = found.reshape(self.size).to(self.coef_dtype)
+        weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
+        if weight is not None:
+            found = found * check.coefficient("weight", weight, f)
+        if reduction == "none":
+            return found
+        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+
+    def _weight(self, times: Tensor, default: Tensor | None) -> float | Tensor | None:
+        """The caller's weight at these times, else the default."""
+        weight = self._options.get("weight")
+        if callable(weight):
+            weight = weight(times)
+            if weight is None:
+                raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
+        return default if weight is None else weight

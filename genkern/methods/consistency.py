@@ -26,7 +26,9 @@ from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, loop, network
 from ..samplers.table import Sampler, stages_of
+from ._pair import frozen
 from ._training import Batch
+from .consistency_training import ConsistencyTraining
 from .flow import sampler_named
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ COEFFICIENTS = (
 )  # fmt: skip
 
 
-class Consistency:
+class Consistency(ConsistencyTraining):
     """A consistency model and its teacher. Networks are called as F(c_in x, c_noise, **cond), c_noise float32 [B].
 
     Args:
@@ -68,10 +70,6 @@ class Consistency:
         self.function = Preconditioned(sigma_data, sigma_min)
         self.teacher = Preconditioned(sigma_data)
         self._tables: dict[Any, Any] = {}
-
-    def times(self, n: int) -> np.ndarray:
-        """t_1 = epsilon < ... < t_n = T of eq. (13.30), [n] float64."""
-        return grids.karras(n, self.sigma_min, self.sigma_max, self.rho)
 
     def denoise(self, model: Any, x: Tensor, sigma: Any, cond: Mapping[str, Any] | None = None) -> Tensor:
         """The consistency function, eq. (13.29): f(x, sigma), an estimate of the start of x's trajectory.
@@ -164,17 +162,17 @@ class Consistency:
         noising = Row((Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])))
         x_upper, seen = apply_row(noising, x=batch.x, noise=batch.z, dtypes=both)
         with torch.no_grad():
-            first = self._frozen(batch, teacher, seen, c["noise_upper"], "teacher")
+            first = frozen(batch, teacher, seen, c["noise_upper"], "teacher")
             euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c["in_euler_x"], m=c["in_euler_m"])))
             x_hat, seen_lower = apply_row(euler, x=x_upper, m=first, dtypes=both)
             if heun:
-                second = self._frozen(batch, teacher, seen_lower, c["noise_lower"], "teacher")
+                second = frozen(batch, teacher, seen_lower, c["noise_lower"], "teacher")
                 corrector = Row((
                     Out(h=(0.5,), x=c["heun_x"], m=c["heun_m"]),
                     Out(h=(c["in_heun_h"],), x=c["in_heun_x"], m=c["in_heun_m"]),
                 ))  # fmt: skip
                 x_hat, seen_lower = apply_row(corrector, x=x_hat, m=second, h=(x_upper,), dtypes=both)
-            goal = self._frozen(batch, target, seen_lower, c["noise_lower"], "target")
+            goal = frozen(batch, target, seen_lower, c["noise_lower"], "target")
         m = batch.call(seen, c["noise_upper"])
         return batch.loss(
             m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
@@ -275,11 +273,6 @@ class Consistency:
         given = network.conditions("cond", cond, x.shape[0])
         found = network.call(model, seen, told.expand(x.shape[0]).contiguous(), given)
         return ops.consistency_skip(x, network.at_most(found, x.dtype), c.c_skip(sigma), c.c_out(sigma))
-
-    @staticmethod
-    def _frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
-        """A network beside the student, in its own dtype."""
-        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
 
     def _coefficients(self, n: int, device: torch.device, dtype: torch.dtype, index: Tensor) -> dict[str, Tensor]:
         """The rows' coefficients at (t_n, t_{n+1}) by index, each [B], from a table kept on the device."""

@@ -1,0 +1,95 @@
+"""Consistency models without a teacher: three losses of f at two times of the same data and the same noise z,
+
+    L = E w d(f(x + t z, t), f^-(x + r z, r)),        t > r >= epsilon,
+
+where distillation has the teacher's step (13.31) in place of x + r z, the unbiased estimate of it (theorem 2 of CT):
+
+    CT     t_n, t_{n+1} neighbours of (13.30), n uniform;  f^- a running average;  w = 1
+    iCT    n with the mass of ln t ~ N(mean, std^2) in [t_n, t_{n+1}];  f^- = f without gradient;  w = 1 / (t - r)
+    ECT    ln t ~ N(mean, std^2);  r = t (1 - n(t) / q^a);  f^- = f without gradient;  w = 1 / (t - r)
+
+and d the pseudo-Huber distance sqrt(|f - f^-|^2 + c^2) - c in the last two. curricula.py has N, mu and a by step.
+
+Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469, algorithm 3 (CT); Song, Dhariwal, arXiv:2310.14189 (iCT); Geng,
+Pokle, Luo, Lin, Kolter, arXiv:2406.14548 (ECT).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import check, grids
+from ..kept import constant, kept
+from ..samplers import Preconditioned
+from ._pair import COLUMNS, columns, pair_loss
+from ._training import Batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._training import LossOptions, Metric
+
+
+class ConsistencyTraining:
+    """The losses without a teacher, of Consistency."""
+
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    function: Preconditioned
+    _tables: dict[Any, Any]
+
+    def times(self, n: int) -> np.ndarray:
+        """t_1 = epsilon < ... < t_n = T of eq. (13.30), [n] float64."""
+        return grids.karras(n, self.sigma_min, self.sigma_max, self.rho)
+
+    def training_loss(
+        self, model: Any, x: Tensor, *, target: Any = None, n_steps: int = 18, n: Any = None,
+        metric: Metric | None = None, **options: Unpack[LossOptions],
+    ) -> Tensor:  # fmt: skip
+        """Consistency training (CT): algorithm 3 of arXiv:2303.01469. One map, two network calls, one reduce.
+
+        Args:
+            model: the student's F.
+            x: data.  [B, ...], floating.
+            target: F of f^-, a running average of the student (training.EMA with curricula.ct_decay); default the
+                student itself. It gets no gradient.
+            n_steps: N, the number of times (13.30), >= 2 (curricula.ct_steps).
+            n: int64 [B] or an integer of 0 .. N-2, the lower time's index; default uniform.
+            metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`, as LPIPS is.
+            options: LossOptions; a callable weight is called with t_n, and is the paper's lambda. `kind` is the
+                metric d.
+
+        Returns:
+            The loss, float32, of the gradient of `model`.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; a network's output has another shape than x, or
+                the metric's than [B].
+        """
+        n_steps, batch = check.integer("n_steps", n_steps, 2), Batch(model, x, options)
+        batch.measurable(metric)
+        index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
+        c = self._pairs(n_steps, batch, index)
+        return pair_loss(batch, c, c["lower"], target, metric)
+
+    def _pairs(self, n: int, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """columns() of neighbouring times (13.30) by the lower one's index, [B] each."""
+        table = self._pair_table(n, batch.device, batch.coef_dtype)
+        return dict(zip(COLUMNS, table.index_select(1, index).unbind(0), strict=True))
+
+    @constant
+    def _pair_table(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """columns() in the order of COLUMNS, computed in float64, [., N-1]."""
+
+        def make() -> Tensor:
+            times = torch.tensor(self.times(n), dtype=torch.float64)
+            found = columns(self.function, times[:-1], times[1:])
+            return torch.stack([found[name] for name in COLUMNS]).to(dtype).to(device)
+
+        table: Tensor = kept(self._tables, ("pairs", n, device, dtype), make)
+        return table

@@ -1,0 +1,172 @@
+"""Consistency models without a teacher: CT and its schedules against their papers' formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from analytic import DenoiserNetwork, gaussian
+from consistency_cases import EPS, F64, RHO, SHAPE, Net, f_of, gradient
+from torch import nn
+
+import genkern as gk
+from genkern.methods import curricula
+from genkern.noise import Noise, Purpose
+
+
+def pair(student, target, x, low, high, z):
+    """f(x + t z, t) and f^-(x + r z, r), written out."""
+    with torch.no_grad():
+        goal = f_of(target, x + low[:, None] * z, low)
+    return f_of(student, x + high[:, None] * z, high), goal
+
+
+def drawn(noise, device="cpu"):
+    return gk.ops.randn(SHAPE, noise=noise.at(Purpose.TRAINING), dtype=F64, device=device)
+
+
+@pytest.mark.parametrize("kind", RHO)
+def test_training_loss_and_gradient_are_those_of_the_written_out_formula(kind, device):
+    consistency, noise = gk.Consistency(), Noise(9)
+    student, target = Net().to(device), Net().to(device)
+    x = torch.randn(SHAPE, dtype=F64, device=device)
+    n = torch.tensor([0, 1, 5, 9, 15, 16], device=device)
+    times = torch.tensor(consistency.times(18), dtype=F64, device=device)
+    weight = torch.linspace(0.5, 1.5, 6, dtype=F64, device=device)
+    f, goal = pair(student, target, x, times[n], times[n + 1], drawn(noise, device))
+    expected = (weight * RHO[kind](f - goal)).mean()
+    got = consistency.training_loss(student, x, target=target, n=n, noise=noise, kind=kind, weight=weight)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient(got, student), gradient(expected, student))
+
+
+class Linear(nn.Module):
+    """F = a x + b + c t, so that f is linear in the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.7, -0.2, 0.1], dtype=F64))
+
+    def forward(self, x, t):
+        a, b, c = self.p
+        return a * x + b + c * t.to(x.dtype)[:, None]
+
+
+@pytest.mark.parametrize("n", [0, 4, 8])
+def test_training_has_the_gradient_of_distillation_from_the_perfect_teacher(n):
+    """E[x + t_n z | x_{t_{n+1}}] is the teacher's Euler step, exactly, so with a linear f^- both have one gradient.
+
+    The expectations over Gaussian data and noise are sums of a Gauss-Hermite rule, exact for these polynomials."""
+    consistency, student, std = gk.Consistency(), Linear(), 0.8
+    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite_e.hermegauss(6))
+    x, z = (std * nodes).repeat_interleave(6)[:, None], nodes.repeat(6)[:, None]
+    weight = torch.outer(weights, weights).flatten() / (2 * math.pi)
+    options = {"n_steps": 10, "n": n, "noise": z, "weight": weight, "reduction": "sum"}
+    trained = gradient(consistency.training_loss(student, x, **options), student)
+    teacher = DenoiserNetwork(gaussian(0.0, std, dim=1))
+    distilled = gradient(consistency.loss(student, x, teacher=teacher, solver="euler", **options), student)
+    torch.testing.assert_close(trained, distilled, rtol=1e-9, atol=1e-12)
+
+
+def test_at_the_lowest_pair_the_target_is_the_noised_data_itself():
+    consistency, student, noise = gk.Consistency(), Net(), Noise(3)
+    x, low, high = torch.randn(SHAPE, dtype=F64), torch.full((6,), EPS, dtype=F64), consistency.times(18)[1]
+    z = drawn(noise)
+    f, _ = pair(student, student, x, low, torch.full((6,), high, dtype=F64), z)
+    expected = (f - (x + EPS * z)).square().mean()
+    torch.testing.assert_close(consistency.training_loss(student, x, n=0, noise=noise), expected)
+
+
+def test_only_the_student_gets_a_gradient_and_it_stands_for_a_missing_target():
+    consistency, student, target, x = gk.Consistency(), Net(), Net(), torch.randn(SHAPE, dtype=F64)
+    consistency.training_loss(student, x, target=target).backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in target.parameters())
+    target.load_state_dict(student.state_dict())
+    own = consistency.training_loss(student, x, noise=Noise(1))
+    copied = consistency.training_loss(student, x, target=target, noise=Noise(1))
+    torch.testing.assert_close(gradient(own, student), gradient(copied, student))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_network_trains_with_finite_numbers(dtype):
+    student = nn.Sequential(nn.Linear(2, 2)).to(dtype)
+    loss = gk.Consistency().training_loss(lambda x, t: student(x), torch.randn(SHAPE), model_dtype=dtype)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_weight_is_told_the_lower_time():
+    consistency, seen = gk.Consistency(), []
+
+    def weight(t):
+        seen.append(t)
+        return 1 / t
+
+    consistency.training_loss(Net(), torch.randn(SHAPE, dtype=F64), n=torch.arange(6), n_steps=10, weight=weight)
+    torch.testing.assert_close(seen[0], torch.tensor(consistency.times(10)[:6]))
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"n_steps": 1}, "n_steps: expected an integer >= 2, got 1"),
+    ({"n": 17}, "n: expected an integer from 0 to 16, got 17"),
+    ({"kind": "lpips"}, "kind: expected one of"),
+])  # fmt: skip
+def test_bad_argument_of_the_training_loss_is_named_before_a_network_is_called(options, words):
+    def model(x, t):
+        raise AssertionError("called")
+
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=words):
+        gk.Consistency().training_loss(model, torch.zeros(SHAPE), **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("role", ["model", "target"])
+def test_network_that_returns_another_shape_is_refused(role):
+    networks = {name: (lambda x, t: x) for name in ("model", "target")}
+    networks[role] = lambda x, t: x[:, :1]
+    with pytest.raises(ValueError, match=rf"{role}: expected output of shape \(6, 2\) like its input, got \(6, 1\)"):
+        gk.Consistency().training_loss(x=torch.zeros(SHAPE), **networks)
+
+
+@pytest.mark.parametrize("total, s0, s1", [(800, 2, 150), (1000, 2, 200), (7, 3, 9), (1, 2, 1)])
+def test_ct_steps_are_the_papers_formula(total, s0, s1):
+    for k in range(total + 1):
+        root = math.sqrt((k * ((s1 + 1) ** 2 - s0**2) + total * s0**2) / total)
+        near = round(root)
+        exact = near if near**2 * total == k * ((s1 + 1) ** 2 - s0**2) + total * s0**2 else math.ceil(root)
+        n = curricula.ct_steps(k, total, s0, s1)
+        assert n == exact  # ceil(root - 1) + 1
+        assert curricula.ct_decay(k, total, s0, s1, 0.95) == pytest.approx(0.95 ** (s0 / n), rel=1e-14)
+    assert (curricula.ct_steps(0, total, s0, s1), curricula.ct_steps(total, total, s0, s1)) == (s0, s1 + 1)
+
+
+def test_ict_steps_double_at_even_intervals_up_to_the_last():
+    total = 400_000  # K' = floor(400000 / (log2(128) + 1)) = 50000
+    for k in range(0, total + 1, 12_500):
+        assert curricula.ict_steps(k, total) == min(10 * 2 ** (k // 50_000), 1280) + 1
+    assert curricula.ict_steps(49_999, total) == 11
+    assert curricula.ict_steps(50_000, total) == 21
+    assert curricula.ict_steps(total, total) == 1281
+
+
+def test_ect_stage_is_the_rounded_up_quotient():
+    assert [curricula.ect_stage(k, 10) for k in (0, 1, 10, 11, 20, 21)] == [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: curricula.ct_steps(5, 4), "step: expected an integer from 0 to 4, got 5"),
+    (lambda: curricula.ct_steps(0, 0), "total: expected an integer >= 1, got 0"),
+    (lambda: curricula.ct_steps(0, 4, s0=1), "s0: expected an integer >= 2, got 1"),
+    (lambda: curricula.ct_steps(0, 4, s0=9, s1=7), "s1: expected an integer >= 8, got 7"),
+    (lambda: curricula.ct_decay(0, 4, mu0=1.0), r"mu0: expected a number in \(0, 1\), got 1.0"),
+    (lambda: curricula.ict_steps(0, 3), "total: expected a step at least for each doubling from s0=10 to s1=1280, got"),
+    (lambda: curricula.ect_stage(0, 0), "every: expected an integer >= 1, got 0"),
+])  # fmt: skip
+def test_bad_argument_of_a_curriculum_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
