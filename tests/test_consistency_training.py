@@ -133,6 +133,56 @@ def test_network_that_returns_another_shape_is_refused(role):
         gk.Consistency().training_loss(x=torch.zeros(SHAPE), **networks)
 
 
+def test_improved_loss_and_gradient_are_those_of_the_written_out_formula(device):
+    consistency, noise, student = gk.Consistency(), Noise(4), Net().to(device)
+    x = torch.randn(SHAPE, dtype=F64, device=device)
+    n = torch.tensor([0, 1, 4, 6, 8, 9], device=device)
+    times = torch.tensor(consistency.times(11), dtype=F64, device=device)
+    low, high = times[n], times[n + 1]
+    f, goal = pair(student, student, x, low, high, drawn(noise, device))
+    for c in (None, 0.3):
+        size = 0.00054 * math.sqrt(2) if c is None else c
+        huber = ((f - goal).square().sum(1) + size**2).sqrt() - size
+        expected = (huber / (high - low)).mean()
+        got = consistency.improved_loss(student, x, n=n, noise=noise, c=c)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            gradient(got, student), torch.autograd.grad(expected, [*student.parameters()], retain_graph=True)
+        )
+    own = consistency.improved_loss(student, x, n=n, noise=noise, kind="l2", weight=lambda t: t)
+    torch.testing.assert_close(own, (low * (f - goal).square().mean(1)).mean())
+
+
+@pytest.mark.parametrize("n_steps", [2, 11, 1281])
+def test_times_of_improved_training_are_the_inverse_of_the_papers_masses(n_steps):
+    consistency, noise, seen = gk.Consistency(), Noise(8), []
+
+    def student(x, t):
+        seen.append(t)
+        return x
+
+    consistency.improved_loss(student, torch.zeros(2000, 1, dtype=F64), n_steps=n_steps, noise=noise)
+    edges = [(math.log(t) + 1.1) / (2.0 * math.sqrt(2.0)) for t in consistency.times(n_steps)]
+    mass = np.diff([math.erf(e) for e in edges])
+    u = gk.ops.uniform((2000,), noise=noise.at(Purpose.TIMES), dtype=F64).numpy()
+    index = np.searchsorted(np.cumsum(mass)[:-1] / mass.sum(), u, side="right")
+    low, high = (np.log(consistency.times(n_steps)[index + k]) / 4 for k in (0, 1))
+    np.testing.assert_allclose(seen[0], low, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(seen[1], high, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"n_steps": 1}, "n_steps: expected an integer >= 2, got 1"),
+    ({"std": 0.0}, "std: expected a number > 0, got 0.0"),
+    ({"mean": 1e6}, r"mean, std: expected mass in \[0.002, 80.0\], got 1000000.0, 2.0"),
+    ({"c": -1.0}, "c: expected a number > 0, got -1.0"),
+    ({"c": 1.0, "kind": "l2"}, "c: expected None with kind='l2', got 1.0"),
+])  # fmt: skip
+def test_bad_argument_of_the_improved_loss_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        gk.Consistency().improved_loss(lambda x, t: x, torch.zeros(SHAPE), **options)
+
+
 @pytest.mark.parametrize("total, s0, s1", [(800, 2, 150), (1000, 2, 200), (7, 3, 9), (1, 2, 1)])
 def test_ct_steps_are_the_papers_formula(total, s0, s1):
     for k in range(total + 1):

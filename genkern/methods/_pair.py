@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     "lower", "upper", "noise_lower", "noise_upper", "in_upper", "in_upper_z", "in_lower", "in_lower_z",
     "out_upper", "out_lower", "skip_upper", "skip_upper_z", "skip_lower", "skip_lower_z", "x", "z",
+    "gap",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
         "out_upper": f.c_out(t), "out_lower": f.c_out(r),
         "skip_upper": skip_t, "skip_upper_z": skip_t * t, "skip_lower": skip_r, "skip_lower_z": skip_r * r,
         "x": skip_r - skip_t, "z": skip_r * r - skip_t * t,
+        "gap": t - r,
     }  # fmt: skip
 
 

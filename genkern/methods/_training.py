@@ -27,6 +27,7 @@ class LossOptions(TypedDict, total=False):
     weight: of a sample's loss: a number, a tensor [B], or a callable of the times [B] giving one.
     mask: bool or floating, broadcastable to x: elements left out of the loss.
     kind: "l2", "l1" or "pseudo_huber" (ops.path_loss).
+    c: of "pseudo_huber", > 0; default 0.00054 sqrt(elements of a sample).
     reduction: "mean", "sum" or "none".
     cond: keyword arguments of the model; tensors have the batch as dimension 0.
     model_dtype: of the network's input; default that of the model's first parameter, else x's.
@@ -37,6 +38,7 @@ class LossOptions(TypedDict, total=False):
     weight: Weight
     mask: Tensor | None
     kind: str
+    c: float | None
     reduction: str
     cond: Mapping[str, Any] | None
     model_dtype: torch.dtype | None
@@ -69,7 +71,11 @@ class Batch:
         self.cond = network.conditions("cond", options.get("cond"), self.size)
         dtype = options.get("model_dtype")
         self.model_dtype = network.dtype_of(model, x.dtype) if dtype is None else network.checked_dtype(dtype)
-        check.choice("kind", options.get("kind", "l2"), ops.LOSSES)
+        kind, c = check.choice("kind", options.get("kind", "l2"), ops.LOSSES), options.get("c")
+        if c is not None and kind != "pseudo_huber":
+            raise ValueError(f"c: expected None with kind={kind!r}, got {c}")
+        if c is not None and not check.number("c", c) > 0.0:
+            raise ValueError(f"c: expected a number > 0, got {c}")
         check.choice("reduction", options.get("reduction", "mean"), ops.REDUCTIONS)
         mask, weight = options.get("mask"), options.get("weight")
         if mask is not None:
@@ -156,7 +162,8 @@ class Batch:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
         found = ops.path_loss(
             m, x, **target, weight=weight, mask=options.get("mask"),
-            kind=options.get("kind", "l2"), reduction=reduction if importance is None and added is None else "none",
+            kind=options.get("kind", "l2"), c=options.get("c"),
+            reduction=reduction if importance is None and added is None else "none",
         )  # fmt: skip
         if importance is None and added is None:
             return found
