@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DenoiserNetwork, gaussian
-from consistency_cases import EPS, F64, RHO, SHAPE, Net, f_of, gradient
+from consistency_cases import EPS, F64, RHO, SHAPE, ExactFunction, Net, f_of, gradient
 from torch import nn
 
 import genkern as gk
@@ -42,6 +42,13 @@ def test_training_loss_and_gradient_are_those_of_the_written_out_formula(kind, d
     torch.testing.assert_close(gradient(got, student), gradient(expected, student))
 
 
+def quadrature(std):
+    """x ~ N(0, std^2), z ~ N(0, 1) and weights of a Gauss-Hermite rule, exact for polynomials of degree 11 in each."""
+    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite_e.hermegauss(6))
+    x, z = (std * nodes).repeat_interleave(6)[:, None], nodes.repeat(6)[:, None]
+    return x, z, torch.outer(weights, weights).flatten() / (2 * math.pi)
+
+
 class Linear(nn.Module):
     """F = a x + b + c t, so that f is linear in the state."""
 
@@ -58,11 +65,9 @@ class Linear(nn.Module):
 def test_training_has_the_gradient_of_distillation_from_the_perfect_teacher(n):
     """E[x + t_n z | x_{t_{n+1}}] is the teacher's Euler step, exactly, so with a linear f^- both have one gradient.
 
-    The expectations over Gaussian data and noise are sums of a Gauss-Hermite rule, exact for these polynomials."""
+    Both are polynomials of degree 2 in data and noise."""
     consistency, student, std = gk.Consistency(), Linear(), 0.8
-    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite_e.hermegauss(6))
-    x, z = (std * nodes).repeat_interleave(6)[:, None], nodes.repeat(6)[:, None]
-    weight = torch.outer(weights, weights).flatten() / (2 * math.pi)
+    x, z, weight = quadrature(std)
     options = {"n_steps": 10, "n": n, "noise": z, "weight": weight, "reduction": "sum"}
     trained = gradient(consistency.training_loss(student, x, **options), student)
     teacher = DenoiserNetwork(gaussian(0.0, std, dim=1))
@@ -181,6 +186,92 @@ def test_times_of_improved_training_are_the_inverse_of_the_papers_masses(n_steps
 def test_bad_argument_of_the_improved_loss_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         gk.Consistency().improved_loss(lambda x, t: x, torch.zeros(SHAPE), **options)
+
+
+def ratio(t, q, a, k=8.0, b=1.0):
+    """ECT's r, for t counted from epsilon."""
+    return (t * (1 - (1 + k / (1 + torch.exp(b * t))) / q**a)).clamp_min(0)
+
+
+@pytest.mark.parametrize("q, stage", [(2.0, 1), (2.0, 4), (4.0, 6)])
+def test_tuning_loss_and_gradient_are_those_of_the_written_out_formula(q, stage, device):
+    consistency, noise, student = gk.Consistency(), Noise(7), Net().to(device)
+    x = torch.randn(SHAPE, dtype=F64, device=device)
+    t = (gk.ops.randn((6,), noise=noise.at(Purpose.TIMES), dtype=F64, device=device) * 2.0 - 1.1).exp()
+    r = ratio(t, q, stage)
+    f, goal = pair(student, student, x, r + EPS, t + EPS, drawn(noise, device))
+    c = 0.00054 * math.sqrt(2)
+    expected = (((f - goal).square().sum(1) + c**2).sqrt() - c) / (t - r)
+    got = consistency.tuning_loss(student, x, stage=stage, q=q, noise=noise)
+    torch.testing.assert_close(got, expected.mean())
+    torch.testing.assert_close(gradient(got, student), gradient(expected.mean(), student))
+    given = consistency.tuning_loss(student, x, stage=stage, q=q, noise=noise, t=t + EPS, reduction="none")
+    torch.testing.assert_close(given, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_tuning_at_stage_0_is_a_diffusion_models_loss():
+    consistency, noise, student = gk.Consistency(), Noise(7), Net()
+    x, t = torch.randn(SHAPE, dtype=F64), torch.tensor([0.01, 0.1, 0.5, 1.0, 5.0, 40.0], dtype=F64)
+    z = drawn(noise)
+    expected = (f_of(student, x + t[:, None] * z, t) - (x + EPS * z)).square().mean()
+    got = consistency.tuning_loss(student, x, stage=0, t=t, noise=noise, kind="l2", weight=1.0)
+    torch.testing.assert_close(got, expected)
+
+
+class Scaled(nn.Module):
+    """The exact function's F times a number, 1 at first."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.exact, self.p = ExactFunction(std), nn.Parameter(torch.ones((), dtype=F64))
+
+    def forward(self, x, t):
+        return self.p * self.exact(x, t)
+
+
+def test_gradient_of_tuning_at_the_exact_function_vanishes_with_the_distance_of_the_times():
+    """E[d f(x + t z, t) / dt | x + t z] = 0 there, so half the distance leaves half of the gradient, over t - r."""
+    std = 0.8
+    x, z, weight = quadrature(std)
+
+    def slope(stage):
+        student, t = Scaled(std), 1.0
+        gap = t - EPS - ratio(torch.tensor(t - EPS, dtype=F64), 2.0, stage)
+        loss = gk.Consistency().tuning_loss(
+            student, x, stage=stage, t=t, noise=z, kind="l2", weight=weight / gap, reduction="sum"
+        )
+        return float(gradient(loss, student)[0])
+
+    assert abs(slope(12)) < 1e-3
+    assert slope(12) / slope(13) == pytest.approx(2.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("c", [None, 0.3])
+def test_adaptive_l2_at_one_half_has_twice_the_pseudo_huber_gradient(c):
+    consistency, student, x = gk.Consistency(), Net(), torch.randn(SHAPE, dtype=F64)
+    metric, options = gk.methods.metrics.AdaptiveL2(0.5, c), {"stage": 3, "noise": Noise(1)}
+    adaptive = gradient(consistency.tuning_loss(student, x, metric=metric, **options), student)
+    huber = gradient(consistency.tuning_loss(student, x, c=c, **options), student)
+    torch.testing.assert_close(adaptive, tuple(2 * g for g in huber))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_adaptive_l2_is_its_formula(p):
+    f, g = torch.randn(SHAPE, dtype=F64), torch.randn(SHAPE, dtype=F64)
+    squares = (f - g).square().sum(1)
+    torch.testing.assert_close(gk.methods.metrics.AdaptiveL2(p, 0.2)(f, g), squares / (squares + 0.04) ** p)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"stage": -1}, "stage: expected an integer >= 0, got -1"),
+    ({"q": 1.0}, "q: expected a number > 1, got 1.0"),
+    ({"std": -1.0}, "std: expected a number > 0, got -1.0"),
+    ({"t": EPS}, "t: expected a finite number >= 0.002, got 0.002"),
+    ({"k": -1.0}, "k: expected a finite number >= 0, got -1.0"),
+])  # fmt: skip
+def test_bad_argument_of_the_tuning_loss_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        gk.Consistency().tuning_loss(lambda x, t: x, torch.zeros(SHAPE), **{"stage": 1, **options})
 
 
 @pytest.mark.parametrize("total, s0, s1", [(800, 2, 150), (1000, 2, 200), (7, 3, 9), (1, 2, 1)])

@@ -1,10 +1,10 @@
-"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula: of
-Consistency's training."""
+"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula and
+metrics: of Consistency's training."""
 
-from . import curricula, times, weightings
+from . import curricula, metrics, times, weightings
 from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
 from .rectified_flow import RectifiedFlow
 
-__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "curricula", "times", "weightings"]
+__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "curricula", "metrics", "times", "weightings"]

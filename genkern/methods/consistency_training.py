@@ -6,8 +6,9 @@ where distillation has the teacher's step (13.31) in place of x + r z, the unbia
 
     CT     t_n, t_{n+1} neighbours of (13.30), n uniform;  f^- a running average;  w = 1
     iCT    n with the mass of ln t ~ N(mean, std^2) in [t_n, t_{n+1}];  f^- = f without gradient;  w = 1 / (t - r)
-    ECT    ln t ~ N(mean, std^2);  r = t (1 - n(t) / q^a);  f^- = f without gradient;  w = 1 / (t - r)
+    ECT    ln t ~ N(mean, std^2);  r = max(0, t (1 - n(t) / q^a));  f^- = f without gradient;  w = 1 / (t - r)
 
+(ECT's t and r counted from epsilon, as f is the identity there and not at 0)
 and d the pseudo-Huber distance sqrt(|f - f^-|^2 + c^2) - c in the last two. curricula.py has N, mu and a by step.
 
 Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469, algorithm 3 (CT); Song, Dhariwal, arXiv:2310.14189 (iCT); Geng,
@@ -16,6 +17,7 @@ Pokle, Luo, Lin, Kolter, arXiv:2406.14548 (ECT).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,7 +110,7 @@ class ConsistencyTraining:
         Source: Song, Dhariwal, arXiv:2310.14189, section 3 and table 1.
         """
         n_steps = check.integer("n_steps", n_steps, 2)
-        mean, std = check.number("mean", mean), _positive("std", std)
+        mean, std = check.number("mean", mean), positive("std", std)
         batch = _huber(model, x, options, metric)
         if n is None:
             ends = self._masses(n_steps, batch.device, mean, std)
@@ -134,6 +136,53 @@ class ConsistencyTraining:
         ends: Tensor = kept(self._tables, ("masses", n, device, mean, std), make)
         return ends
 
+    def tuning_loss(
+        self, model: Any, x: Tensor, *, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0, t: Any = None,
+        mean: float = -1.1, std: float = 2.0, metric: Metric | None = None, **options: Unpack[LossOptions],
+    ) -> Tensor:  # fmt: skip
+        """Easy consistency tuning (ECT) of a student that begins as a diffusion model's F, the teacher's of this class:
+
+            r = max(0, t (1 - n(t) / q^a)),      n(t) = 1 + k sigmoid(-b t),      w = 1 / (t - r)
+
+        with t and r counted from epsilon, and the student itself, without gradient, as f^-. At stage a = 0 r is 0, the
+        target the data noised to epsilon, and this a diffusion model's loss. One map, two network calls, one reduce.
+
+        Args:
+            model: the student's F.
+            x: data.  [B, ...], floating.
+            stage: a, >= 0 (curricula.ect_stage).
+            q: by which t - r shrinks a stage, > 1.
+            k, b: of n(t), >= 0.
+            t: [B] or a number, > epsilon; default epsilon + a lognormal number, ln(t - epsilon) ~ N(mean, std^2).
+            mean, std: of that, std > 0.
+            metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`: metrics.AdaptiveL2 has the paper's adaptive
+                weight for any power.
+            options: LossOptions; `kind` is "pseudo_huber" by default, and a weight stands in place of w, called with
+                t where it is callable.
+
+        Returns:
+            The loss, float32, of the gradient of `model`.
+
+        Raises:
+            ValueError, TypeError: as training_loss().
+
+        Source: Geng, Pokle, Luo, Lin, Kolter, arXiv:2406.14548, section 3.
+        """
+        stage, mean, std = check.integer("stage", stage, 0), check.number("mean", mean), positive("std", std)
+        k, b = check.number("k", k, 0.0), check.number("b", b, 0.0)
+        if not check.number("q", q) > 1.0:
+            raise ValueError(f"q: expected a number > 1, got {q}")
+        batch, epsilon = _huber(model, x, options, metric), self.sigma_min
+        if t is None:
+            above = (batch.normal() * std + mean).exp().double()
+        else:
+            above = batch.given_time("t", t, math.nextafter(epsilon, math.inf), math.inf).double() - epsilon
+        # In float64, as the rows have differences of coefficients at t and r.
+        gap = above * ((1.0 + k * torch.sigmoid(-b * above)) * q**-stage).clamp_max(1.0)
+        c = columns(self.function, epsilon + (above - gap), epsilon + above) | {"gap": gap}
+        c = dict(zip(c, torch.stack([*c.values()]).to(batch.coef_dtype).unbind(0), strict=True))
+        return pair_loss(batch, c, c["upper"], None, metric, factor=1.0 / c["gap"])
+
     def _pairs(self, n: int, batch: Batch, index: Tensor) -> dict[str, Tensor]:
         """columns() of neighbouring times (13.30) by the lower one's index, [B] each."""
         table = self._pair_table(n, batch.device, batch.coef_dtype)
@@ -152,7 +201,7 @@ class ConsistencyTraining:
         return table
 
 
-def _positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
     found = check.number(name, value)
     if not found > 0.0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
