@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._training import LossOptions
+    from ._training import LossOptions, Metric
 
 SOLVERS = ("heun", "euler")
 # Of the rows of a distillation step (Consistency._columns).
@@ -129,7 +129,7 @@ class Consistency(ConsistencyTraining):
 
     def loss(
         self, model: Any, x: Tensor, *, teacher: Any, target: Any = None, n_steps: int = 18, solver: str = "heun",
-        n: Any = None, **options: Unpack[LossOptions],
+        n: Any = None, metric: Metric | None = None, **options: Unpack[LossOptions],
     ) -> Tensor:  # fmt: skip
         """Consistency distillation, eq. (13.32). Five fused passes around four network calls (Heun).
 
@@ -142,17 +142,20 @@ class Consistency(ConsistencyTraining):
             n_steps: N, the number of times (13.30), >= 2.
             solver: of (13.31): "heun" or "euler".
             n: int64 [B] or an integer of 0 .. N-2, the lower time's index (the seed's n less 1); default uniform.
-            options: LossOptions; a callable weight is called with t_n. `kind` is the metric d.
+            metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`, as LPIPS is.
+            options: LossOptions; a callable weight is called with t_n, and is lambda. `kind` is the metric d.
 
         Returns:
             The loss, float32, of the gradient of `model`.
 
         Raises:
-            ValueError, TypeError: an argument is not what it may be; an output has another shape than x.
+            ValueError, TypeError: an argument is not what it may be; a network's output has another shape than x, or
+                the metric's than [B].
         """
         n_steps = check.integer("n_steps", n_steps, 2)
         heun = check.choice("solver", solver, SOLVERS) == "heun"
         batch = Batch(model, x, options)
+        batch.measurable(metric)
         index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
         c = self._coefficients(n_steps, batch.device, batch.coef_dtype, index)
         wide, seen_dtype = batch.x.dtype, batch.model_dtype
@@ -174,10 +177,58 @@ class Consistency(ConsistencyTraining):
                 x_hat, seen_lower = apply_row(corrector, x=x_hat, m=second, h=(x_upper,), dtypes=both)
             goal = frozen(batch, target, seen_lower, c["noise_lower"], "target")
         m = batch.call(seen, c["noise_upper"])
+        if metric is not None:
+            f = ops.consistency_skip(x_upper, m, -c["minus_skip_upper"], c["out_upper"])
+            with torch.no_grad():
+                f_lower = ops.consistency_skip(x_hat, goal, c["skip_lower"], c["out_lower"])
+            return batch.measured(metric, f, f_lower, c["lower"])
         return batch.loss(
             m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
             h_coefs=(c["skip_lower"], c["out_lower"]),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def self_consistency(
+        self, model: Any, trajectory: Tensor, times: Any, cond: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """How far f is from one value along trajectories of the probability-flow ODE (13.27): of each state
+
+            sqrt(mean over batch and elements of (f(x_k, t_k) - f(x_K, t_K))^2),      k = 0 .. K,
+
+        which is 0 for the consistency function. K + 2 network calls.
+
+        Args:
+            model: F.
+            trajectory: states x_0 .. x_K.  [K + 1, B, ...], as sample_ode(..., return_trajectory=True) gives it.
+            times: t_0 .. t_K, K + 1 numbers in [epsilon, T].
+            cond: keyword arguments of the model.
+
+        Returns:
+            [K + 1], float32 (float64 for float64), the last 0.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+        """
+        check.terms([("trajectory", trajectory)])
+        given = np.asarray(times, dtype=np.float64)
+        if given.shape != trajectory.shape[:1]:
+            raise ValueError(f"times: expected shape ({trajectory.shape[0]},), one a state, got {given.shape}")
+        if not given.size:
+            raise ValueError("trajectory: expected at least one state, got none")
+        for t in given.tolist():
+            check.number("times", t, self.sigma_min, self.sigma_max)
+        # A number would be told to the network in float32.
+        exact = trajectory.dtype == torch.float64
+        at = (
+            torch.tensor(given.tolist(), dtype=torch.float64).to(trajectory.device).split(1)
+            if exact
+            else given.tolist()
+        )
+        last = self.denoise(model, trajectory[-1], at[-1], cond)
+        squares = [
+            ops.path_loss(self.denoise(model, x, t, cond), h=(last,)) for x, t in zip(trajectory, at, strict=True)
+        ]
+        return torch.stack(squares).sqrt()
 
     def sample(
         self,
