@@ -6,5 +6,16 @@ from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
 from .rectified_flow import RectifiedFlow
+from .teachers import PathTeacher
 
-__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "curricula", "metrics", "times", "weightings"]
+__all__ = [
+    "Consistency",
+    "Diffusion",
+    "FlowMatching",
+    "PathTeacher",
+    "RectifiedFlow",
+    "curricula",
+    "metrics",
+    "times",
+    "weightings",
+]

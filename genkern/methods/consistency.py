@@ -26,10 +26,12 @@ from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, loop, network
 from ..samplers.table import Sampler, stages_of
+from ._distillation import COEFFICIENTS, columns
 from ._pair import frozen
 from ._training import Batch
 from .consistency_training import ConsistencyTraining
 from .flow import sampler_named
+from .teachers import PathTeacher, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,12 +41,6 @@ if TYPE_CHECKING:
     from ._training import LossOptions, Metric
 
 SOLVERS = ("heun", "euler")
-# Of the rows of a distillation step (Consistency._columns).
-COEFFICIENTS = (
-    "lower", "upper", "noise_lower", "noise_upper", "in_upper", "in_upper_z",
-    "euler_x", "euler_m", "in_euler_x", "in_euler_m", "heun_x", "heun_m", "in_heun_h", "in_heun_x", "in_heun_m",
-    "minus_skip_upper", "out_upper", "skip_lower", "out_lower",
-)  # fmt: skip
 
 
 class Consistency(ConsistencyTraining):
@@ -136,7 +132,7 @@ class Consistency(ConsistencyTraining):
         Args:
             model: the student's F.
             x: data.  [B, ...], floating.
-            teacher: the teacher's F, as teacher_loss() trains it.
+            teacher: the teacher's F, as teacher_loss() trains it, or a methods.PathTeacher: a network of another path.
             target: F of f^-, a running average of the student (training.EMA); default the student itself. Neither
                 teacher nor target gets a gradient.
             n_steps: N, the number of times (13.30), >= 2.
@@ -149,27 +145,35 @@ class Consistency(ConsistencyTraining):
             The loss, float32, of the gradient of `model`.
 
         Raises:
-            ValueError, TypeError: an argument is not what it may be; a network's output has another shape than x, or
-                the metric's than [B].
+            ValueError, TypeError: an argument is not what it may be; the teacher's path does not have the noise levels
+                from epsilon to T; a network's output has another shape than x, or the metric's than [B].
         """
         n_steps = check.integer("n_steps", n_steps, 2)
         heun = check.choice("solver", solver, SOLVERS) == "heun"
         batch = Batch(model, x, options)
         batch.measurable(metric)
+        other = teacher if isinstance(checked(teacher), PathTeacher) else None
+        table = self._table(n_steps, batch.device, batch.coef_dtype, other)
         index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
-        c = self._coefficients(n_steps, batch.device, batch.coef_dtype, index)
+        c = dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
         wide, seen_dtype = batch.x.dtype, batch.model_dtype
         target = model if target is None else target
-        both = (wide, seen_dtype)
+        taught, told_upper, told_lower = self._told(teacher, c)
 
-        noising = Row((Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])))
-        x_upper, seen = apply_row(noising, x=batch.x, noise=batch.z, dtypes=both)
+        outs = [Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])]
+        if other is not None:
+            outs.append(Out(x=c["teach_upper"], z=c["teach_upper_z"]))
+        x_upper, seen, *shown = apply_row(
+            Row(tuple(outs)), x=batch.x, noise=batch.z, dtypes=(wide, *(seen_dtype,) * (len(outs) - 1))
+        )
+        both = (wide, seen_dtype)
         with torch.no_grad():
-            first = frozen(batch, teacher, seen, c["noise_upper"], "teacher")
-            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c["in_euler_x"], m=c["in_euler_m"])))
+            first = frozen(batch, taught, seen if other is None else shown[0], told_upper, "teacher")
+            to = "teach_euler" if heun else "in_euler"  # whose call is next
+            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c[f"{to}_x"], m=c[f"{to}_m"])))
             x_hat, seen_lower = apply_row(euler, x=x_upper, m=first, dtypes=both)
             if heun:
-                second = frozen(batch, teacher, seen_lower, c["noise_lower"], "teacher")
+                second = frozen(batch, taught, seen_lower, told_lower, "teacher")
                 corrector = Row((
                     Out(h=(0.5,), x=c["heun_x"], m=c["heun_m"]),
                     Out(h=(c["in_heun_h"],), x=c["in_heun_x"], m=c["in_heun_m"]),
@@ -325,35 +329,28 @@ class Consistency(ConsistencyTraining):
         found = network.call(model, seen, told.expand(x.shape[0]).contiguous(), given)
         return ops.consistency_skip(x, network.at_most(found, x.dtype), c.c_skip(sigma), c.c_out(sigma))
 
-    def _coefficients(self, n: int, device: torch.device, dtype: torch.dtype, index: Tensor) -> dict[str, Tensor]:
-        """The rows' coefficients at (t_n, t_{n+1}) by index, each [B], from a table kept on the device."""
-        table = self._table(n, device, dtype)
-        return dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
+    @staticmethod
+    def _told(teacher: Any, c: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
+        """The teacher's network, and what it is told at the upper times and at the lower ones."""
+        if not isinstance(teacher, PathTeacher):
+            return teacher, c["noise_upper"], c["noise_lower"]
+        told = [c["teach_noise_upper"], c["teach_noise_lower"]]
+        upper, lower = [t.round().long() for t in told] if teacher.rounds else told
+        return teacher.network, upper, lower
 
     @constant
-    def _table(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """_columns in the order of COEFFICIENTS, [., N-1]."""
+    def _table(self, n: int, device: torch.device, dtype: torch.dtype, other: PathTeacher | None) -> Tensor:
+        """The rows of a distillation step in the order of COEFFICIENTS, [., N-1]."""
 
         def make() -> Tensor:
-            columns = self._columns(self.times(n))
-            return torch.tensor(np.stack([columns[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
+            found = columns(self.function, self.times(n), self._scalings if other is None else other.scalings)
+            return torch.tensor(np.stack([found[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
 
-        table: Tensor = kept(self._tables, (n, device, dtype), make)
+        path = None if other is None else (other.path, other.prediction)
+        table: Tensor = kept(self._tables, (n, device, dtype, path), make)
         return table
 
-    def _columns(self, times: np.ndarray) -> dict[str, np.ndarray]:
-        """In float64, [N-1] each; t and s the lower and upper times, in_* scaled by c_in of the next network call."""
-        t, s = times[:-1], times[1:]
-        f, d = self.function, self.teacher
-        dt, skip, c_in_s, c_in_t = t - s, d.c_skip, d.c_in(s), d.c_in(t)
-        euler_x, euler_m = 1.0 + dt * (1.0 - skip(s)) / s, -dt * d.c_out(s) / s
-        heun_x, heun_m = 0.5 + dt / 2.0 * (1.0 - skip(t)) / t, -dt / 2.0 * d.c_out(t) / t
-        return {
-            "lower": t, "upper": s, "noise_lower": np.log(t) / 4.0, "noise_upper": np.log(s) / 4.0,
-            "in_upper": c_in_s, "in_upper_z": c_in_s * s,
-            "euler_x": euler_x, "euler_m": euler_m, "in_euler_x": c_in_t * euler_x, "in_euler_m": c_in_t * euler_m,
-            "heun_x": heun_x, "heun_m": heun_m,
-            "in_heun_h": c_in_t * 0.5, "in_heun_x": c_in_t * heun_x, "in_heun_m": c_in_t * heun_m,
-            "minus_skip_upper": -f.c_skip(s), "out_upper": f.c_out(s),
-            "skip_lower": f.c_skip(t), "out_lower": f.c_out(t),
-        }  # fmt: skip
+    def _scalings(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """c_in, c_skip, c_out, c_noise of the teacher's F."""
+        d = self.teacher
+        return d.c_in(t), d.c_skip(t), d.c_out(t), np.log(t) / 4.0
