@@ -27,6 +27,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "FlowMatching": ("methods", "FlowMatching"),
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
+    "MeanFlow": ("methods", "MeanFlow"),
     "Loop": ("graphs", "Loop"),
 }
 

@@ -1,10 +1,11 @@
-"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula and
+"""The methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula and
 metrics: of Consistency's training."""
 
 from . import curricula, metrics, times, weightings
 from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
+from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
 from .teachers import PathTeacher
 
@@ -12,6 +13,7 @@ __all__ = [
     "Consistency",
     "Diffusion",
     "FlowMatching",
+    "MeanFlow",
     "PathTeacher",
     "RectifiedFlow",
     "curricula",

@@ -110,9 +110,10 @@ class Batch:
             self.source, self.size, self.device, self.coef_dtype
         )
 
-    def normal(self) -> Tensor:
-        """One standard normal number a sample, [B]."""
-        return ops.randn((self.size,), noise=self.source.at(Purpose.TIMES), device=self.device, dtype=self.coef_dtype)
+    def normal(self, k: int = 0) -> Tensor:
+        """One standard normal number a sample, [B]; k: of several."""
+        noise = self.source.at(Purpose.TIMES, k)
+        return ops.randn((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
@@ -137,9 +138,12 @@ class Batch:
             return torch.full((self.size,), found, device=self.device, dtype=self.coef_dtype)
         return found.to(self.coef_dtype).expand(self.size).contiguous()
 
-    def call(self, x: Tensor, t: Tensor, model: Any = None, name: str = "model") -> Tensor:
-        """The network, or another, at (x, t)."""
-        found = network.call(self.model if model is None else model, x, t, self.cond, name)
+    def call(
+        self, x: Tensor, t: Tensor, model: Any = None, name: str = "model", given: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The network, or another, at (x, t); given: further keyword arguments."""
+        cond = self.cond if given is None else {**self.cond, **given}
+        found = network.call(self.model if model is None else model, x, t, cond, name)
         return network.at_most(found, self.x.dtype)
 
     def loss(
@@ -177,6 +181,12 @@ class Batch:
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
 
+    def squared(self) -> None:
+        """The loss has its own distance. ValueError: kind or c of the caller."""
+        for name in ("kind", "c"):
+            if self._options.get(name) is not None:
+                raise ValueError(f"{name}: expected None, as this loss is of squares, got {self._options[name]!r}")
+
     def measurable(self, metric: Metric | None) -> None:
         """A metric in place of `kind`. TypeError: not callable. ValueError: kind or mask beside it."""
         if metric is None:
@@ -196,10 +206,18 @@ class Batch:
             raise TypeError(f"metric: expected a tensor [{self.size}], got {type(found).__name__}")
         if found.ndim == 0 or found.shape[0] != self.size or found.numel() != self.size:
             raise ValueError(f"metric: expected shape ({self.size},), one a sample, got {tuple(found.shape)}")
-        found = found.reshape(self.size).to(self.coef_dtype)
+        return self.weighed(found.reshape(self.size).to(self.coef_dtype), times, default)
+
+    def squares(self, m: Tensor, **target: Any) -> Tensor:
+        """The sums of squares of ops.path_loss's residual, under the caller's mask.  [B]."""
+        found = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
+        return torch.as_tensor(found) * max(m[0].numel() if self.size else 1, 1)
+
+    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None) -> Tensor:
+        """Losses of the samples, [B], weighted and reduced under the caller's options; default as in loss()."""
         weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
         if weight is not None:
-            found = found * check.coefficient("weight", weight, f)
+            found = found * check.coefficient("weight", weight, found)
         if reduction == "none":
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
