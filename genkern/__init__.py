@@ -28,6 +28,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
     "MeanFlow": ("methods", "MeanFlow"),
+    "TrigFlow": ("methods", "TrigFlow"),
     "Loop": ("graphs", "Loop"),
 }
 

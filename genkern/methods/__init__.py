@@ -8,6 +8,7 @@ from .flow_matching import FlowMatching
 from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
 from .teachers import PathTeacher
+from .trigflow import TrigFlow
 
 __all__ = [
     "Consistency",
@@ -16,6 +17,7 @@ __all__ = [
     "MeanFlow",
     "PathTeacher",
     "RectifiedFlow",
+    "TrigFlow",
     "curricula",
     "metrics",
     "times",

@@ -181,11 +181,11 @@ class Batch:
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
 
-    def squared(self) -> None:
-        """The loss has its own distance. ValueError: kind or c of the caller."""
-        for name in ("kind", "c"):
+    def squared(self, mask: bool = True) -> None:
+        """The loss has its own distance. ValueError: kind or c of the caller, or a mask where it may not have one."""
+        for name in ("kind", "c") if mask else ("kind", "c", "mask"):
             if self._options.get(name) is not None:
-                raise ValueError(f"{name}: expected None, as this loss is of squares, got {self._options[name]!r}")
+                raise ValueError(f"{name}: expected None, as this loss is of squares, got {name}")
 
     def measurable(self, metric: Metric | None) -> None:
         """A metric in place of `kind`. TypeError: not callable. ValueError: kind or mask beside it."""
