@@ -10,6 +10,8 @@ import torch
 from analytic import DenoiserNetwork, gaussian
 from consistency_cases import EPS, F64, RHO, SHAPE, ExactFunction, Net, f_of, gradient
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern as gk
 from genkern.methods import curricula
@@ -272,6 +274,54 @@ def test_adaptive_l2_is_its_formula(p):
 def test_bad_argument_of_the_tuning_loss_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         gk.Consistency().tuning_loss(lambda x, t: x, torch.zeros(SHAPE), **{"stage": 1, **options})
+
+
+class Passes(TorchDispatchMode):
+    """Counts genkern's passes over tensors of the data's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {"map": 0, "reduce": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.removesuffix("_numbers")
+        if func.namespace == "genkern":
+            shapes = [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.found[name] += SHAPE in shapes
+        return func(*args, **(kwargs or {}))
+
+
+LOSSES = {
+    "loss": {"teacher": Net(), "n": 3},
+    "training_loss": {"n": 3},
+    "improved_loss": {"n": 3},
+    "tuning_loss": {"stage": 3},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_passes_around_the_networks_are_one_map_one_reduce_and_one_map_backward(name):
+    loss, x = getattr(gk.Consistency(), name), torch.randn(SHAPE, dtype=F64)
+    with Passes() as passes:
+        found = loss(Net(), x, noise=Noise(1), **LOSSES[name])
+    assert passes.found == {"map": 3 if name == "loss" else 1, "reduce": 1}  # Heun's two stages beside the noising
+    with Passes() as passes:
+        found.backward()
+    assert passes.found == {"map": 1, "reduce": 0}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_losses_are_the_eager_ones(name):
+    torch._dynamo.reset()
+    consistency, net, x = gk.Consistency(), Net(), torch.randn(SHAPE, dtype=F64)
+
+    def run(x):
+        return getattr(consistency, name)(net, x, noise=Noise(1), **LOSSES[name])
+
+    eager, traced = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(gradient(traced, net), gradient(eager, net))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("total, s0, s1", [(800, 2, 150), (1000, 2, 200), (7, 3, 9), (1, 2, 1)])
