@@ -310,6 +310,36 @@ def test_passes_around_the_networks_are_one_map_one_reduce_and_one_map_backward(
     assert passes.found == {"map": 1, "reduce": 0}
 
 
+class Dropped(nn.Module):
+    """A network with dropout, that keeps the masks of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.masks = nn.Parameter(torch.ones((), dtype=F64)), []
+
+    def forward(self, x, t, r=None):
+        kept = torch.nn.functional.dropout(torch.ones(x.shape, device=x.device), 0.5, self.training)
+        self.masks.append(kept.detach())
+        return self.scale * x * kept
+
+
+@pytest.mark.parametrize(
+    "method, name", [*(("Consistency", n) for n in LOSSES), ("MeanFlow", "loss"), ("TrigFlow", "loss")]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_student_draws_the_dropout_of_the_call_without_gradient_again(method, name, training, device):
+    net = Dropped().to(device).train(training)
+    x = torch.randn(64, 8, dtype=F64, device=device)
+    options = LOSSES[name] if method == "Consistency" else {}
+    if name == "loss" and method == "Consistency":
+        options = {"teacher": lambda x, t: x, "target": net}
+    for _ in range(2):
+        getattr(getattr(gk, method)(), name)(net, x, **options)
+    first, student, later, _ = net.masks
+    assert torch.equal(first, student)
+    assert torch.equal(student, later) is not training
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_losses_are_the_eager_ones(name):
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..samplers import network
+from ._replay import drawn_again
 from ._training import Batch
 
 
@@ -17,7 +18,8 @@ def along(
     """F(x, t) and dF/dx dx + dF/dt dt, in one pass through the network and without a graph of either.
 
     A module that is wrapped for several processes is looked into: its own forward would begin a synchronisation of
-    gradients that never come. The gradient is that of a plain call beside this one, which the wrapper sees.
+    gradients that never come. The gradient is that of a plain call after this one, which the wrapper sees, and which
+    draws the same dropout.
 
     Args:
         x, t: the network's input.  [B, ...], [B].
@@ -35,6 +37,6 @@ def along(
     def call(x: Tensor, t: Tensor) -> Tensor:
         return network.call(inner, x, t, {**batch.cond, **extra}, name)
 
-    with torch.no_grad():
+    with torch.no_grad(), drawn_again(inner, x.device):
         value, tangent, *_ = torch.func.jvp(call, (x, t), (dx, dt))
     return network.at_most(value, batch.x.dtype), network.at_most(tangent, batch.x.dtype)

@@ -9,6 +9,7 @@ ever written. A metric that needs f and f^- themselves costs a map for each.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..fused import apply_row
 from ..rows import Out, Row
 from ..samplers import network
+from ._replay import drawn_again
 
 if TYPE_CHECKING:
     from ..samplers import Preconditioned
@@ -44,8 +46,10 @@ def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
 
 
 def frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
-    """A network beside the student, in its own dtype, without gradient."""
-    with torch.no_grad():
+    """A network beside the student, in its own dtype, without gradient. What a target draws, dropout, is drawn again by
+    the student's call after it."""
+    again = drawn_again(model, seen.device) if name == "target" else contextlib.nullcontext()
+    with torch.no_grad(), again:
         return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
 
 

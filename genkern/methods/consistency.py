@@ -134,7 +134,7 @@ class Consistency(ConsistencyTraining):
             x: data.  [B, ...], floating.
             teacher: the teacher's F, as teacher_loss() trains it, or a methods.PathTeacher: a network of another path.
             target: F of f^-, a running average of the student (training.EMA); default the student itself. Neither
-                teacher nor target gets a gradient.
+                teacher nor target gets a gradient; a target in training mode has the student's dropout.
             n_steps: N, the number of times (13.30), >= 2.
             solver: of (13.31): "heun" or "euler".
             n: int64 [B] or an integer of 0 .. N-2, the lower time's index (the seed's n less 1); default uniform.

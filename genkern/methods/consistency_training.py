@@ -61,7 +61,7 @@ class ConsistencyTraining:
             model: the student's F.
             x: data.  [B, ...], floating.
             target: F of f^-, a running average of the student (training.EMA with curricula.ct_decay); default the
-                student itself. It gets no gradient.
+                student itself. It gets no gradient, and in training mode has the student's dropout.
             n_steps: N, the number of times (13.30), >= 2 (curricula.ct_steps).
             n: int64 [B] or an integer of 0 .. N-2, the lower time's index; default uniform.
             metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`, as LPIPS is.
