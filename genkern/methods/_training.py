@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -209,15 +210,16 @@ class Batch:
         return self.weighed(found.reshape(self.size).to(self.coef_dtype), times, default)
 
     def squares(self, m: Tensor, **target: Any) -> Tensor:
-        """The sums of squares of ops.path_loss's residual, under the caller's mask.  [B]."""
+        """The mean square of ops.path_loss's residual, under the caller's mask, times a sample's elements.  [B]."""
         found = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
-        return torch.as_tensor(found) * max(m[0].numel() if self.size else 1, 1)
+        return torch.as_tensor(found) * max(math.prod(m.shape[1:]), 1)
 
     def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None) -> Tensor:
         """Losses of the samples, [B], weighted and reduced under the caller's options; default as in loss()."""
         weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
         if weight is not None:
-            found = found * check.coefficient("weight", weight, found)
+            weight = check.coefficient("weight", weight, found)
+            found = found * (weight if isinstance(weight, float) else weight.to(found.dtype))
         if reduction == "none":
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import check, grids, ops, paths
+from .. import check, grids, ops
 from ..fused import apply_row
 from ..noise import Purpose
 from ..rows import Out, Row
 from ._jvp import along
 from ._training import Batch
-from .flow import Flow
 from .flow_matching import FlowMatching
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ class MeanFlow:
     """
 
     def __init__(self, sigma_min: float = 0.0) -> None:
-        self._flow: Flow = FlowMatching(sigma_min=sigma_min)
-        self.path: paths.CondOT = paths.CondOT(sigma_min)
+        self._flow = FlowMatching(sigma_min=sigma_min)
+        self.path = self._flow.path
 
     def loss(
         self, model: Any, x: Tensor, *, t: Any = None, r: Any = None, mean: float = -0.4, std: float = 1.0,

@@ -2,8 +2,8 @@
 
 In half precision the update is lost: (1 - decay)(p - a) is below half a unit in the last place of a. One fused launch
 for all parameters, of one average or of several (EMASet in emas.py); one more before it for the model's numbers in
-float32 where it is in half precision, and one after it for what is copied: buffers, and the average in half precision.
-Nothing waits for the device.
+float32 where it is in half precision, and one after it for each dtype of what is copied: buffers, and the average in
+half precision. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -166,8 +166,14 @@ def _like(given: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, source)
+    """One launch for the pairs of each two dtypes: lists of mixed ones are copied tensor by tensor."""
+    alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in zip(to, source, strict=True):
+        targets, sources = alike.setdefault((a.device, a.dtype, b.device, b.dtype), ([], []))
+        targets.append(a)
+        sources.append(b)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _is_half(t: Tensor) -> bool:
