@@ -29,7 +29,8 @@ def along(
 
     Raises:
         ValueError, TypeError: the output has another shape than x, or is no floating tensor.
-        NotImplementedError, RuntimeError: torch's own, for operations in the network without a forward derivative.
+        NotImplementedError, RuntimeError: torch's own, for operations in the network without a forward derivative. In
+            torch 2.13 GroupNorm has none on channels_last tensors.
     """
     wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     inner = model.module if wrapped else model
