@@ -29,6 +29,8 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "FlowMatching": ("methods", "FlowMatching"),
     "RectifiedFlow": ("methods", "RectifiedFlow"),
     "Consistency": ("methods", "Consistency"),
+    "MeanFlow": ("methods", "MeanFlow"),
+    "TrigFlow": ("methods", "TrigFlow"),
     "Loop": ("graphs", "Loop"),
     "APG": ("samplers", "APG"),
     "STOP": ("samplers", "STOP"),

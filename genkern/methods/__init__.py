@@ -1,9 +1,25 @@
-"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion."""
+"""The methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula and
+metrics: of Consistency's training."""
 
-from . import times, weightings
+from . import curricula, metrics, times, weightings
 from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
+from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
+from .teachers import PathTeacher
+from .trigflow import TrigFlow
 
-__all__ = ["Consistency", "Diffusion", "FlowMatching", "RectifiedFlow", "times", "weightings"]
+__all__ = [
+    "Consistency",
+    "Diffusion",
+    "FlowMatching",
+    "MeanFlow",
+    "PathTeacher",
+    "RectifiedFlow",
+    "TrigFlow",
+    "curricula",
+    "metrics",
+    "times",
+    "weightings",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -16,6 +17,7 @@ from .times import TimeSampler, Uniform
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 Times = Tensor | Callable[[Tensor], Any] | None  # uniforms [B] to times [B], or to (times, weights)
+Metric = Callable[[Tensor, Tensor], Tensor]  # d(f, target), [B]
 
 
 class LossOptions(TypedDict, total=False):
@@ -27,6 +29,7 @@ class LossOptions(TypedDict, total=False):
     weight: of a sample's loss: a number, a tensor [B], or a callable of the times [B] giving one.
     mask: bool or floating, broadcastable to x: elements left out of the loss.
     kind: "l2", "l1" or "pseudo_huber" (ops.path_loss).
+    c: of "pseudo_huber", > 0; default 0.00054 sqrt(elements of a sample).
     reduction: "mean", "sum" or "none".
     cond: keyword arguments of the model; tensors have the batch as dimension 0.
     model_dtype: of the network's input; default that of the model's first parameter, else x's.
@@ -37,6 +40,7 @@ class LossOptions(TypedDict, total=False):
     weight: Weight
     mask: Tensor | None
     kind: str
+    c: float | None
     reduction: str
     cond: Mapping[str, Any] | None
     model_dtype: torch.dtype | None
@@ -69,7 +73,11 @@ class Batch:
         self.cond = network.conditions("cond", options.get("cond"), self.size)
         dtype = options.get("model_dtype")
         self.model_dtype = network.dtype_of(model, x.dtype) if dtype is None else network.checked_dtype(dtype)
-        check.choice("kind", options.get("kind", "l2"), ops.LOSSES)
+        kind, c = check.choice("kind", options.get("kind", "l2"), ops.LOSSES), options.get("c")
+        if c is not None and kind != "pseudo_huber":
+            raise ValueError(f"c: expected None with kind={kind!r}, got {c}")
+        if c is not None and not check.number("c", c) > 0.0:
+            raise ValueError(f"c: expected a number > 0, got {c}")
         check.choice("reduction", options.get("reduction", "mean"), ops.REDUCTIONS)
         mask, weight = options.get("mask"), options.get("weight")
         if mask is not None:
@@ -105,9 +113,10 @@ class Batch:
             self.source, self.size, self.device, self.coef_dtype
         )
 
-    def normal(self) -> Tensor:
-        """One standard normal number a sample, [B]."""
-        return ops.randn((self.size,), noise=self.source.at(Purpose.TIMES), device=self.device, dtype=self.coef_dtype)
+    def normal(self, k: int = 0) -> Tensor:
+        """One standard normal number a sample, [B]; k: of several."""
+        noise = self.source.at(Purpose.TIMES, k)
+        return ops.randn((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
@@ -172,30 +181,30 @@ class Batch:
             raise ValueError(f"coupling: expected an index of int64 and shape ({self.size},), got {got}")
         return given.index_select(0, index)
 
-    def call(self, x: Tensor, t: Tensor, model: Any = None, name: str = "model") -> Tensor:
-        """The network, or another, at (x, t)."""
-        found = network.call(self.model if model is None else model, x, t, self.cond, name)
+    def call(
+        self, x: Tensor, t: Tensor, model: Any = None, name: str = "model", given: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The network, or another, at (x, t); given: further keyword arguments."""
+        cond = self.cond if given is None else {**self.cond, **given}
+        found = network.call(self.model if model is None else model, x, t, cond, name)
         return network.at_most(found, self.x.dtype)
 
     def loss(
         self, m: Tensor, x: Tensor | None, times: Tensor, *, factor: Tensor | None = None,
         importance: Tensor | None = None, record: Callable[[Tensor, Tensor], object] | None = None,
-        added: Tensor | None = None, **target: Any,
+        added: Tensor | None = None, default: Tensor | None = None, **target: Any,
     ) -> Tensor:  # fmt: skip
         """ops.path_loss under the caller's options.
 
         Args:
+            default: the weight where the caller gives none.  [B].
             factor: of the samples' losses, beside the caller's weight.  [B].
             importance: weights of how the times were drawn.  [B].
             record: given the times and the losses without those weights.
             added: to the samples' weighted losses.  [B].
         """
         options = self._options
-        weight, reduction = options.get("weight"), options.get("reduction", "mean")
-        if callable(weight):
-            weight = weight(times)
-            if weight is None:
-                raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
+        weight, reduction = self._weight(times, default), options.get("reduction", "mean")
         if factor is not None:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
         if self._times_weight is not None:
@@ -203,7 +212,8 @@ class Batch:
             weight = drawn if weight is None else drawn * weight
         found = ops.path_loss(
             m, x, **target, weight=weight, mask=options.get("mask"),
-            kind=options.get("kind", "l2"), reduction=reduction if importance is None and added is None else "none",
+            kind=options.get("kind", "l2"), c=options.get("c"),
+            reduction=reduction if importance is None and added is None else "none",
         )  # fmt: skip
         if importance is None and added is None:
             return found
@@ -216,3 +226,54 @@ class Batch:
         if reduction == "none":
             return found
         return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+
+    def squared(self, mask: bool = True) -> None:
+        """The loss has its own distance. ValueError: kind or c of the caller, or a mask where it may not have one."""
+        for name in ("kind", "c") if mask else ("kind", "c", "mask"):
+            if self._options.get(name) is not None:
+                raise ValueError(f"{name}: expected None, as this loss is of squares, got {name}")
+
+    def measurable(self, metric: Metric | None) -> None:
+        """A metric in place of `kind`. TypeError: not callable. ValueError: kind or mask beside it."""
+        if metric is None:
+            return
+        if not callable(metric):
+            raise TypeError(f"metric: expected a callable of (f, target), got {type(metric).__name__}")
+        for name in ("kind", "mask"):
+            if self._options.get(name) is not None:
+                raise ValueError(f"{name}: expected None beside a metric, got {name} and metric")
+
+    def measured(
+        self, metric: Metric, f: Tensor, target: Tensor, times: Tensor, *, default: Tensor | None = None
+    ) -> Tensor:
+        """metric(f, target), weighted and reduced under the caller's options; default as in loss()."""
+        found = metric(f, target)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"metric: expected a tensor [{self.size}], got {type(found).__name__}")
+        if found.ndim == 0 or found.shape[0] != self.size or found.numel() != self.size:
+            raise ValueError(f"metric: expected shape ({self.size},), one a sample, got {tuple(found.shape)}")
+        return self.weighed(found.reshape(self.size).to(self.coef_dtype), times, default)
+
+    def squares(self, m: Tensor, **target: Any) -> Tensor:
+        """The mean square of ops.path_loss's residual, under the caller's mask, times a sample's elements.  [B]."""
+        found = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
+        return torch.as_tensor(found) * max(math.prod(m.shape[1:]), 1)
+
+    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None) -> Tensor:
+        """Losses of the samples, [B], weighted and reduced under the caller's options; default as in loss()."""
+        weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
+        if weight is not None:
+            weight = check.coefficient("weight", weight, found)
+            found = found * (weight if isinstance(weight, float) else weight.to(found.dtype))
+        if reduction == "none":
+            return found
+        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+
+    def _weight(self, times: Tensor, default: Tensor | None) -> float | Tensor | None:
+        """The caller's weight at these times, else the default."""
+        weight = self._options.get("weight")
+        if callable(weight):
+            weight = weight(times)
+            if weight is None:
+                raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
+        return default if weight is None else weight

@@ -26,26 +26,24 @@ from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, editing, loop, network
 from ..samplers.table import Sampler, stages_of
+from ._distillation import COEFFICIENTS, columns
+from ._pair import frozen
 from ._training import Batch
+from .consistency_training import ConsistencyTraining
 from .flow import sampler_named
+from .teachers import PathTeacher, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from typing_extensions import Unpack
 
-    from ._training import LossOptions
+    from ._training import LossOptions, Metric
 
 SOLVERS = ("heun", "euler")
-# Of the rows of a distillation step (Consistency._columns).
-COEFFICIENTS = (
-    "lower", "upper", "noise_lower", "noise_upper", "in_upper", "in_upper_z",
-    "euler_x", "euler_m", "in_euler_x", "in_euler_m", "heun_x", "heun_m", "in_heun_h", "in_heun_x", "in_heun_m",
-    "minus_skip_upper", "out_upper", "skip_lower", "out_lower",
-)  # fmt: skip
 
 
-class Consistency:
+class Consistency(ConsistencyTraining):
     """A consistency model and its teacher. Networks are called as F(c_in x, c_noise, **cond), c_noise float32 [B].
 
     Args:
@@ -68,10 +66,6 @@ class Consistency:
         self.function = Preconditioned(sigma_data, sigma_min)
         self.teacher = Preconditioned(sigma_data)
         self._tables: dict[Any, Any] = {}
-
-    def times(self, n: int) -> np.ndarray:
-        """t_1 = epsilon < ... < t_n = T of eq. (13.30), [n] float64."""
-        return grids.karras(n, self.sigma_min, self.sigma_max, self.rho)
 
     def denoise(self, model: Any, x: Tensor, sigma: Any, cond: Mapping[str, Any] | None = None) -> Tensor:
         """The consistency function, eq. (13.29): f(x, sigma), an estimate of the start of x's trajectory.
@@ -131,55 +125,114 @@ class Consistency:
 
     def loss(
         self, model: Any, x: Tensor, *, teacher: Any, target: Any = None, n_steps: int = 18, solver: str = "heun",
-        n: Any = None, **options: Unpack[LossOptions],
+        n: Any = None, metric: Metric | None = None, **options: Unpack[LossOptions],
     ) -> Tensor:  # fmt: skip
         """Consistency distillation, eq. (13.32). Five fused passes around four network calls (Heun).
 
         Args:
             model: the student's F.
             x: data.  [B, ...], floating.
-            teacher: the teacher's F, as teacher_loss() trains it.
+            teacher: the teacher's F, as teacher_loss() trains it, or a methods.PathTeacher: a network of another path.
             target: F of f^-, a running average of the student (training.EMA); default the student itself. Neither
-                teacher nor target gets a gradient.
+                teacher nor target gets a gradient; a target in training mode has the student's dropout.
             n_steps: N, the number of times (13.30), >= 2.
             solver: of (13.31): "heun" or "euler".
             n: int64 [B] or an integer of 0 .. N-2, the lower time's index (the seed's n less 1); default uniform.
-            options: LossOptions; a callable weight is called with t_n. `kind` is the metric d.
+            metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`, as LPIPS is.
+            options: LossOptions; a callable weight is called with t_n, and is lambda. `kind` is the metric d.
 
         Returns:
             The loss, float32, of the gradient of `model`.
 
         Raises:
-            ValueError, TypeError: an argument is not what it may be; an output has another shape than x.
+            ValueError, TypeError: an argument is not what it may be; the teacher's path does not have the noise levels
+                from epsilon to T; a network's output has another shape than x, or the metric's than [B].
         """
         n_steps = check.integer("n_steps", n_steps, 2)
         heun = check.choice("solver", solver, SOLVERS) == "heun"
         batch = Batch(model, x, options)
+        batch.measurable(metric)
+        other = teacher if isinstance(checked(teacher), PathTeacher) else None
+        table = self._table(n_steps, batch.device, batch.coef_dtype, other)
         index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
-        c = self._coefficients(n_steps, batch.device, batch.coef_dtype, index)
+        c = dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
         wide, seen_dtype = batch.x.dtype, batch.model_dtype
         target = model if target is None else target
-        both = (wide, seen_dtype)
+        taught, told_upper, told_lower = self._told(teacher, c)
 
-        noising = Row((Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])))
-        x_upper, seen = apply_row(noising, x=batch.x, noise=batch.z, dtypes=both)
+        outs = [Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])]
+        if other is not None:
+            outs.append(Out(x=c["teach_upper"], z=c["teach_upper_z"]))
+        x_upper, seen, *shown = apply_row(
+            Row(tuple(outs)), x=batch.x, noise=batch.z, dtypes=(wide, *(seen_dtype,) * (len(outs) - 1))
+        )
+        both = (wide, seen_dtype)
         with torch.no_grad():
-            first = self._frozen(batch, teacher, seen, c["noise_upper"], "teacher")
-            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c["in_euler_x"], m=c["in_euler_m"])))
+            first = frozen(batch, taught, seen if other is None else shown[0], told_upper, "teacher")
+            to = "teach_euler" if heun else "in_euler"  # whose call is next
+            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c[f"{to}_x"], m=c[f"{to}_m"])))
             x_hat, seen_lower = apply_row(euler, x=x_upper, m=first, dtypes=both)
             if heun:
-                second = self._frozen(batch, teacher, seen_lower, c["noise_lower"], "teacher")
+                second = frozen(batch, taught, seen_lower, told_lower, "teacher")
                 corrector = Row((
                     Out(h=(0.5,), x=c["heun_x"], m=c["heun_m"]),
                     Out(h=(c["in_heun_h"],), x=c["in_heun_x"], m=c["in_heun_m"]),
                 ))  # fmt: skip
                 x_hat, seen_lower = apply_row(corrector, x=x_hat, m=second, h=(x_upper,), dtypes=both)
-            goal = self._frozen(batch, target, seen_lower, c["noise_lower"], "target")
+            goal = frozen(batch, target, seen_lower, c["noise_lower"], "target")
         m = batch.call(seen, c["noise_upper"])
+        if metric is not None:
+            f = ops.consistency_skip(x_upper, m, -c["minus_skip_upper"], c["out_upper"])
+            with torch.no_grad():
+                f_lower = ops.consistency_skip(x_hat, goal, c["skip_lower"], c["out_lower"])
+            return batch.measured(metric, f, f_lower, c["lower"])
         return batch.loss(
             m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
             h_coefs=(c["skip_lower"], c["out_lower"]),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def self_consistency(
+        self, model: Any, trajectory: Tensor, times: Any, cond: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """How far f is from one value along trajectories of the probability-flow ODE (13.27): of each state
+
+            sqrt(mean over batch and elements of (f(x_k, t_k) - f(x_K, t_K))^2),      k = 0 .. K,
+
+        which is 0 for the consistency function. K + 2 network calls.
+
+        Args:
+            model: F.
+            trajectory: states x_0 .. x_K.  [K + 1, B, ...], as sample_ode(..., return_trajectory=True) gives it.
+            times: t_0 .. t_K, K + 1 numbers in [epsilon, T].
+            cond: keyword arguments of the model.
+
+        Returns:
+            [K + 1], float32 (float64 for float64), the last 0.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+        """
+        check.terms([("trajectory", trajectory)])
+        given = np.asarray(times, dtype=np.float64)
+        if given.shape != trajectory.shape[:1]:
+            raise ValueError(f"times: expected shape ({trajectory.shape[0]},), one a state, got {given.shape}")
+        if not given.size:
+            raise ValueError("trajectory: expected at least one state, got none")
+        for t in given.tolist():
+            check.number("times", t, self.sigma_min, self.sigma_max)
+        # A number would be told to the network in float32.
+        exact = trajectory.dtype == torch.float64
+        at = (
+            torch.tensor(given.tolist(), dtype=torch.float64).to(trajectory.device).split(1)
+            if exact
+            else given.tolist()
+        )
+        last = self.denoise(model, trajectory[-1], at[-1], cond)
+        squares = [
+            ops.path_loss(self.denoise(model, x, t, cond), h=(last,)) for x, t in zip(trajectory, at, strict=True)
+        ]
+        return torch.stack(squares).sqrt()
 
     def sample(
         self,
@@ -279,39 +332,27 @@ class Consistency:
         return ops.consistency_skip(x, network.at_most(found, x.dtype), c.c_skip(sigma), c.c_out(sigma))
 
     @staticmethod
-    def _frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
-        """A network beside the student, in its own dtype."""
-        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
-
-    def _coefficients(self, n: int, device: torch.device, dtype: torch.dtype, index: Tensor) -> dict[str, Tensor]:
-        """The rows' coefficients at (t_n, t_{n+1}) by index, each [B], from a table kept on the device."""
-        table = self._table(n, device, dtype)
-        return dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
+    def _told(teacher: Any, c: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
+        """The teacher's network, and what it is told at the upper times and at the lower ones."""
+        if not isinstance(teacher, PathTeacher):
+            return teacher, c["noise_upper"], c["noise_lower"]
+        told = [c["teach_noise_upper"], c["teach_noise_lower"]]
+        upper, lower = [t.round().long() for t in told] if teacher.rounds else told
+        return teacher.network, upper, lower
 
     @constant
-    def _table(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """_columns in the order of COEFFICIENTS, [., N-1]."""
+    def _table(self, n: int, device: torch.device, dtype: torch.dtype, other: PathTeacher | None) -> Tensor:
+        """The rows of a distillation step in the order of COEFFICIENTS, [., N-1]."""
 
         def make() -> Tensor:
-            columns = self._columns(self.times(n))
-            return torch.tensor(np.stack([columns[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
+            found = columns(self.function, self.times(n), self._scalings if other is None else other.scalings)
+            return torch.tensor(np.stack([found[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
 
-        table: Tensor = kept(self._tables, (n, device, dtype), make)
+        path = None if other is None else (other.path, other.prediction)
+        table: Tensor = kept(self._tables, (n, device, dtype, path), make)
         return table
 
-    def _columns(self, times: np.ndarray) -> dict[str, np.ndarray]:
-        """In float64, [N-1] each; t and s the lower and upper times, in_* scaled by c_in of the next network call."""
-        t, s = times[:-1], times[1:]
-        f, d = self.function, self.teacher
-        dt, skip, c_in_s, c_in_t = t - s, d.c_skip, d.c_in(s), d.c_in(t)
-        euler_x, euler_m = 1.0 + dt * (1.0 - skip(s)) / s, -dt * d.c_out(s) / s
-        heun_x, heun_m = 0.5 + dt / 2.0 * (1.0 - skip(t)) / t, -dt / 2.0 * d.c_out(t) / t
-        return {
-            "lower": t, "upper": s, "noise_lower": np.log(t) / 4.0, "noise_upper": np.log(s) / 4.0,
-            "in_upper": c_in_s, "in_upper_z": c_in_s * s,
-            "euler_x": euler_x, "euler_m": euler_m, "in_euler_x": c_in_t * euler_x, "in_euler_m": c_in_t * euler_m,
-            "heun_x": heun_x, "heun_m": heun_m,
-            "in_heun_h": c_in_t * 0.5, "in_heun_x": c_in_t * heun_x, "in_heun_m": c_in_t * heun_m,
-            "minus_skip_upper": -f.c_skip(s), "out_upper": f.c_out(s),
-            "skip_lower": f.c_skip(t), "out_lower": f.c_out(t),
-        }  # fmt: skip
+    def _scalings(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """c_in, c_skip, c_out, c_noise of the teacher's F."""
+        d = self.teacher
+        return d.c_in(t), d.c_skip(t), d.c_out(t), np.log(t) / 4.0

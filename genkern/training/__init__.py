@@ -1,6 +1,7 @@
 """What training needs beside the losses."""
 
 from .ema import EMA
+from .emas import EMASet, PowerDecay
 from .trainer import fit
 
-__all__ = ["EMA", "fit"]
+__all__ = ["EMA", "EMASet", "PowerDecay", "fit"]

@@ -1,14 +1,16 @@
 """Exponential moving average of a model's parameters: a <- a + (1 - decay)(p - a), kept in float32.
 
 In half precision the update is lost: (1 - decay)(p - a) is below half a unit in the last place of a. One fused launch
-for all parameters; nothing waits for the device.
+for all parameters, of one average or of several (EMASet in emas.py); one more before it for the model's numbers in
+float32 where it is in half precision, and one after it for each dtype of what is copied: buffers, and the average in
+half precision. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        self.decay = _decay(decay)
+        self.decay = checked_decay(decay)
         self.module = copy.deepcopy(model).requires_grad_(False)
         self._held = list(self.module.parameters())
         self._wide = {k: p.detach().float() for k, p in enumerate(self._held) if _is_half(p)}
@@ -52,16 +54,7 @@ class EMA:
             model: of the same parameters.
             decay: of this update alone.
         """
-        decay = self.decay if decay is None else _decay(decay)
-        self._check(model)
-        new = [p.detach() for p in model.parameters()]
-        mine = self._average
-        if mine:
-            toward = [p.to(a.device, a.dtype) for p, a in zip(new, mine, strict=True)]
-            torch._foreach_lerp_(mine, toward, 1.0 - decay)
-        self._write()
-        for buffer, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            buffer.copy_(current)
+        update_all([self], [self.decay if decay is None else checked_decay(decay)], model)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -96,24 +89,35 @@ class EMA:
             "buffers": {name: b.clone() for name, b in self.module.named_buffers()},
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what state_dict() gave. ValueError: other names or shapes; then nothing is changed."""
-        mine = {
-            "parameters": dict(zip((n for n, _ in self.module.named_parameters()), self._average, strict=True)),
-            "buffers": dict(self.module.named_buffers()),
-        }
-        decay = _decay(state["decay"])
-        for kind, tensors in mine.items():
+        self.check_state(state)
+        self._load(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError: a state of other names or shapes, or of a decay outside [0, 1)."""
+        checked_decay(state["decay"])
+        for kind, tensors in self._tensors().items():
             got: Mapping[str, Tensor] = state[kind]
             for name in tensors.keys() | got.keys():
                 if name not in tensors or name not in got or tensors[name].shape != got[name].shape:
                     raise ValueError(f"state: expected the {kind} of the averaged model, got another {name!r}")
-        self.decay = decay
-        for kind, tensors in mine.items():
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.decay = checked_decay(state["decay"])
+        for kind, tensors in self._tensors().items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[kind][name])
         self._write()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The averages and the buffers by name."""
+        names = [name for name, _ in self.module.named_parameters()]
+        return {
+            "parameters": dict(zip(names, self._average, strict=True)),
+            "buffers": dict(self.module.named_buffers()),
+        }
 
     def _check(self, model: nn.Module) -> None:
         """The model has the averaged one's parameters and buffers, by their shapes."""
@@ -126,15 +130,57 @@ class EMA:
 
     def _write(self) -> None:
         """Round the average into the module where it is kept apart."""
-        for k, average in self._wide.items():
-            self._held[k].copy_(average)
+        _copy([self._held[k] for k in self._wide], list(self._wide.values()))
+
+
+@torch.no_grad()
+def update_all(emas: Sequence[EMA], decays: Sequence[float], model: nn.Module) -> None:
+    """Move averages of one model toward its parameters, each by its decay; copy its buffers."""
+    for ema in emas:
+        ema._check(model)
+    new, buffers = [p.detach() for p in model.parameters()], list(model.buffers())
+    mine: list[Tensor] = []
+    toward: list[Tensor] = []
+    weights: list[float] = []
+    cast: dict[tuple[Any, ...], list[Tensor]] = {}
+    for ema, decay in zip(emas, decays, strict=True):
+        average = ema._average
+        kind = tuple((a.device, a.dtype) for a in average)
+        if kind not in cast:
+            cast[kind] = _like(new, average)
+        mine, toward, weights = mine + average, toward + cast[kind], weights + [1.0 - decay] * len(average)
+    if mine:
+        torch._foreach_lerp_(mine, toward, weights)
+    pairs: list[tuple[Tensor, Tensor]] = [(e._held[k], wide) for e in emas for k, wide in e._wide.items()]
+    pairs += [pair for e in emas for pair in zip(e.module.buffers(), buffers, strict=True)]
+    _copy([to for to, _ in pairs], [source for _, source in pairs])
+
+
+def _like(given: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Tensors of the devices and dtypes of others."""
+    there = [a.device == t.device and a.dtype == t.dtype for t, a in zip(given, like, strict=True)]
+    found = [t if same else torch.empty_like(a) for t, a, same in zip(given, like, there, strict=True)]
+    changed = [k for k, same in enumerate(there) if not same]
+    _copy([found[k] for k in changed], [given[k] for k in changed])
+    return found
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    """One launch for the pairs of each two dtypes: lists of mixed ones are copied tensor by tensor."""
+    alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in zip(to, source, strict=True):
+        targets, sources = alike.setdefault((a.device, a.dtype, b.device, b.dtype), ([], []))
+        targets.append(a)
+        sources.append(b)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _is_half(t: Tensor) -> bool:
     return t.dtype in (torch.float16, torch.bfloat16)
 
 
-def _decay(value: float) -> float:
+def checked_decay(value: float) -> float:
     found = check.number("decay", value, 0.0)
     if found >= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1), got {value}")
