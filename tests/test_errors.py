@@ -416,6 +416,13 @@ def test_without_x_any_term_of_the_loss_may_have_the_highest_precision(wide: str
     torch.testing.assert_close(found.double(), r.square().mean(), rtol=1e-6, atol=0.0)
 
 
+def test_a_tensor_whose_storage_is_freed_is_refused() -> None:
+    state, v = x(), x()
+    state.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError), match="x: expected a tensor with memory"):
+        ops.euler_step(state, v, 0.5)
+
+
 def test_debug_is_a_switch_and_a_context() -> None:
     from genkern.check import debug
 

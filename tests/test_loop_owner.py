@@ -64,6 +64,32 @@ def test_a_model_that_has_changed_is_captured_anew(change, captures):
     assert stale(change)
 
 
+def another_hook(module, given, out):
+    return 3.0 * out
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "buffer"])
+def test_what_takes_the_place_of_another_is_seen(kind, captures):
+    """As many hooks, attributes and buffers as before."""
+    model = Net(0.5).eval()
+    handle = model.inner.register_forward_hook(lambda module, given, out: 2.0 * out)
+    plain = model.inner.forward
+    model.inner.forward = lambda x: plain(x) + 1.0
+    model.inner.register_buffer("late", None)
+    loop = gk.Loop(FLOW, model)
+    loop.sample(SHAPE, steps=2, seed=1)
+    if kind == "hook":
+        handle.remove()
+        model.inner.register_forward_hook(another_hook)
+    elif kind == "forward":
+        model.inner.forward = lambda x: plain(x) - 1.0
+    else:
+        model.inner.late = torch.ones(4)
+    called = model.calls[0]
+    assert torch.equal(loop.sample(SHAPE, steps=2, seed=1), FLOW.sample(model, SHAPE, steps=2, seed=1))
+    assert model.calls[0] > called + 2
+
+
 def test_parameters_changed_in_place_are_seen_without_a_new_capture(captures):
     def change(model):
         with torch.no_grad():

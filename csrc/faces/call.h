@@ -103,6 +103,7 @@ inline Array array_of(const View& v, const View& like, const char* name) {
   bool same = v.ndim == like.ndim;
   for (int32_t d = 0; same && d < v.ndim; ++d) same = v.sizes[d] == like.sizes[d];
   expect(same, name, ": expected the state's shape");
+  expect(v.data != nullptr || v.numel() == 0, name, ": expected a tensor with memory, got one whose storage is freed");
   expect_device(v, like, name);
   return {v.data, floating(v, name), v.strides};
 }

@@ -77,7 +77,10 @@ def with_earlier(result: dict[str, Any], former: dict[str, Any] | None) -> dict[
     measured = {(row["case"], row["dtype"]) for row in result["rows"]}
     others = [row for row in former["rows"] if (row["case"], row["dtype"]) not in measured]
     date = former["machine"]["date"]
-    return {**result, "rows": [*result["rows"], *({**row, "earlier": row.get("earlier", date)} for row in others)]}
+    kept = [{**row, "earlier": row.get("earlier", date)} for row in others]
+    host = [{**row, "earlier": row.get("earlier", date)} for row in former.get("host", [])]
+    found = {**result, "rows": [*result["rows"], *kept]}
+    return {"host": host, **found} if host else found
 
 
 def redraw(what: Redraw) -> None:

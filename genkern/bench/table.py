@@ -40,7 +40,8 @@ def section(result: dict[str, Any]) -> str:
         parts += make(rows)
     if "host" in result:
         parts.append(host(result["host"]))
-    if dates := sorted({row["earlier"][:16].replace("T", " ") for row in rows if "earlier" in row}):
+    marked = [row for row in (*rows, *result.get("host", [])) if "earlier" in row]
+    if dates := sorted({row["earlier"][:16].replace("T", " ") for row in marked}):
         parts.append(f"{EARLIER} of an earlier run ({', '.join(dates)} UTC), of the kernels as they were then.\n")
     return "\n".join(parts)
 
@@ -55,7 +56,7 @@ def host(rows: Sequence[dict[str, Any]]) -> str:
     head = ["small call on the host", "time", "over `x * 2.0`", "with a gradient", "over it", "through torch.ops"]
     lines = []
     for row in rows:
-        cells = [row["call"], duration(row["seconds"]), f"{row['ratio']:.2f}"]
+        cells = [row["call"] + f" {EARLIER}" * ("earlier" in row), duration(row["seconds"]), f"{row['ratio']:.2f}"]
         recorded = "gradient_seconds" in row
         cells += [duration(row["gradient_seconds"]), f"{row['gradient_ratio']:.2f}"] if recorded else ["-", "-"]
         lines.append([*cells, f"{row['dispatched_ratio']:.2f}"])

@@ -37,6 +37,12 @@ class _Module:
             for name, tensor in state[kind].items()
             if tensor is not None
         ]
+        self._absent = [
+            (kind, name)
+            for kind in ("_parameters", "_buffers")
+            for name, tensor in state[kind].items()
+            if tensor is None
+        ]
 
     def holds(self) -> bool:
         module = self._ref()
@@ -44,6 +50,8 @@ class _Module:
             return False
         state = vars(module)
         if _shape(state) != self._shape:
+            return False
+        if any(state[kind].get(name) is not None for kind, name in self._absent):
             return False
         for name, child in self._children:
             if state["_modules"].get(name) is not child():
@@ -56,11 +64,11 @@ class _Module:
 
 
 def _shape(state: dict[str, Any]) -> tuple[Any, ...]:
-    """What a module's attributes tell at a glance: its mode (torch.compile's module has none of its own), and how many
-    of each kind it has; the number of all tells of a method set anew."""
+    """What a module's attributes tell at a glance: its mode (torch.compile's module has none of its own), how many of
+    each kind it has, its hooks by their numbers, of which torch uses none twice, and a forward of its own."""
     return (
         state.get("training"), len(state), len(state["_parameters"]), len(state["_buffers"]), len(state["_modules"]),
-        len(state["_forward_hooks"]), len(state["_forward_pre_hooks"]),
+        tuple(state["_forward_hooks"]), tuple(state["_forward_pre_hooks"]), id(state.get("forward")),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..paths import Linear
+from ..paths import Linear, Path
 from ..rows import Out
 from .parameterization import OnPath, Parameterization
 
@@ -73,35 +73,48 @@ def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> 
     """sampler.stages(network, grid), which is made once and kept for as long as the path lives: to tabulate takes
     longer than a captured loop over a small network.
 
-    Samplers that are not genkern's own, and those that hold more than plain numbers, are asked every time.
+    Samplers and paths that are not genkern's own, and those that hold more than plain numbers, arrays and such paths,
+    are asked every time: who knows what their answer depends on.
     """
     owner = network.path if isinstance(network, OnPath) else network
-    key = (*_plain(sampler), *_plain(network, owner), *_attributes(owner), grid.tobytes())
-    if None in key:
+    parts = (_held(sampler), _held(network, owner), _held(owner))
+    if any(part is None for part in parts):
         return sampler.stages(network, grid)
+    key = (*(_identified(part) for part in parts), grid.tobytes())
     tables = _tables.setdefault(owner, {})
     if key not in tables:
         made = tuple(sampler.stages(network, grid))
         for oldest in list(tables)[: max(len(tables) - KEPT + 1, 0)]:
             tables.pop(oldest, None)
-        return tables.setdefault(key, made)
-    return tables[key]
+        return tables.setdefault(key, (made, parts))[0]  # with what it was made from: an identity is not used again
+    return tables[key][0]
 
 
-_tables: weakref.WeakKeyDictionary[Any, dict[Hashable, Sequence[Stage]]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[Sequence[Stage], Any]]] = weakref.WeakKeyDictionary()
 
 
-def _plain(value: Any, but: Any = None) -> tuple[Any, ...]:
-    """An object as its class and the numbers and words that it holds, beside `but`; (None,) where it holds others."""
+def _held(value: Any, but: Any = None) -> tuple[Any, ...] | None:
+    """An object as its class and what it holds beside `but`; None where it is not genkern's own, or holds something
+    that may change unseen. Tables that it keeps on devices tell nothing new."""
     if type(value).__module__.partition(".")[0] != __name__.partition(".")[0]:
-        return (None,)
-    held = [(name, kept) for name, kept in vars(value).items() if kept is not but]
-    return (type(value), *held) if all(type(kept) in _NUMBERS for _, kept in held) else (None,)
+        return None
+    found: list[Any] = [type(value)]
+    for name, part in vars(value).items():
+        if part is but or name == "_tables":
+            continue
+        if part is not None and type(part) not in _NUMBERS and not isinstance(part, np.ndarray):
+            part = _held(part) if isinstance(part, Path) else None
+            if part is None:
+                return None
+        found.append((name, part))
+    return tuple(found)
 
 
-def _attributes(owner: Any) -> list[Hashable]:
-    """What an object holds, arrays by their identity: a path whose attributes are set anew is another path."""
-    return [(name, kept if type(kept) in _NUMBERS else id(kept)) for name, kept in vars(owner).items()]
+def _identified(part: Any) -> Hashable:
+    """What is held, arrays by their identity: a path whose attributes are set anew is another path."""
+    if isinstance(part, tuple):
+        return tuple(_identified(inner) for inner in part)
+    return ("array", id(part)) if isinstance(part, np.ndarray) else part
 
 
 _NUMBERS = (int, float, bool, str)

@@ -53,6 +53,9 @@ class Trig:
     def model_time(self, t: float) -> float:
         return t
 
+    def scales(self, t: float) -> tuple[float, float]:
+        return math.cos(t), self.sigma_data * math.sin(t)
+
 
 class TrigMultistep:
     """f, re-noise, f, ...
