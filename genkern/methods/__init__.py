@@ -1,4 +1,4 @@
-"""The four methods: loss() and sample() of each; weightings and times: of the loss of Diffusion."""
+"""The four methods: loss() and sample() of each; times: of every loss; weightings: of the loss of Diffusion."""
 
 from . import times, weightings
 from .consistency import Consistency
