@@ -137,9 +137,16 @@ def inside(name: str, value: Any, low: float, high: float) -> Any:
     if not _visible(value) or not math.prod(value.shape):
         return value
     first, last = value.detach().aminmax() if is_tensor(value) else (value.min(), value.max())
-    if not (low <= float(first) and float(last) <= high and math.isfinite(last)):
+    if not (low <= float(first) and float(last) <= high and math.isfinite(first) and math.isfinite(last)):
         raise ValueError(f"{name}: expected {_range(low, high)}, got {float(first):g} to {float(last):g}")
     return value
+
+
+def whole(name: str, value: Any, low: int, high: int) -> None:
+    """A tensor of integers low .. high, of any dtype, where it is looked at."""
+    inside(name, value, low, high)
+    if is_float(value.dtype) and _visible(value) and bool((value != value.round()).any()):
+        raise ValueError(f"{name}: expected integers from {low} to {high}, got numbers between them")
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:

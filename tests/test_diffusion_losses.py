@@ -251,6 +251,26 @@ def test_the_loss_draws_from_the_history_records_in_it_and_weighs():
     assert torch.equal(copy.losses, before)
 
 
+def test_a_rare_timestep_is_drawn_as_often_as_its_probability_says():
+    """From an even grid of the uniforms' own numbers, (w + 1/2) 2^-32, about where its interval ends."""
+    sampler = LossSecondMoment(2, history=1, uniform=1e-7)
+    sampler.update(torch.arange(2), torch.tensor([1.0, 1e-6], dtype=F64))
+    p = sampler.probabilities()[1].item()
+    u = sampler.uniforms(Noise(0), 4096, torch.device("cpu"), torch.float32)
+    assert u.dtype == F64  # float32 has 2^-24 = 6e-8 between its numbers there
+    grid = 1.0 - (torch.arange(20_000, dtype=F64) + 0.5) * 2.0**-32
+    assert float((sampler.draw(grid)[0] == 1).sum()) * 2.0**-32 == pytest.approx(p, rel=1e-3)
+
+
+def test_a_loss_without_gradients_leaves_the_history_as_it_is():
+    diffusion, sampler = gk.Diffusion(timesteps=4, schedule="squared_cosine"), LossSecondMoment(4, history=1)
+    with torch.no_grad():
+        found = diffusion.loss(lambda x, t: x, torch.zeros(SHAPE), times=sampler, noise=Noise(1))
+    assert found.dtype == torch.float32 and int(sampler.counts.sum()) == 0
+    diffusion.loss(lambda x, t: x, torch.zeros(SHAPE), times=sampler, noise=Noise(1))
+    assert int(sampler.counts.sum()) == SHAPE[0]
+
+
 # Added noise
 
 
@@ -283,8 +303,8 @@ def test_offset_noise_alone_is_other_noise():
 @pytest.mark.parametrize("options, error, words", [
     ({"t": 3, "times": "uniform"}, ValueError, "times: expected None beside t"),
     ({"times": "even"}, ValueError, "times: expected one of 'uniform', 'stratified', 'antithetic', got 'even'"),
-    ({"times": 3}, TypeError, "times: expected a name or a TimeSampler, got 3"),
-    ({"times": Stratified}, TypeError, "times: expected a name or a TimeSampler"),
+    ({"times": 3}, TypeError, r"times: expected a name, a TimeSampler or a callable of numbers in \(0, 1\), got 3"),
+    ({"times": Stratified}, TypeError, "times: expected a name, a TimeSampler or a callable"),
     ({"times": LossSecondMoment(10)}, ValueError, r"times: expected LossSecondMoment\(1000\), got .*10"),
     ({"weighting": "p2"}, ValueError, "weighting: expected one of 'uniform', 'snr', 'min_snr', 'soft_min_snr'"),
     ({"weighting": [1.0, 2.0]}, ValueError, r"weighting: expected shape \(1000,\), one a timestep, got \(2,\)"),

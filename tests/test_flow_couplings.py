@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import genkern as gk
-from genkern import flows
+from genkern import check, flows
 from genkern.flows.couplings import costs
 from genkern.noise import Noise, Purpose
 
@@ -129,7 +129,7 @@ def test_loss_under_a_coupling_is_the_loss_of_the_coupled_noise(flow, coupling):
     model, noise = nn.Linear(4, 4, dtype=F64), Noise(3)
     _, x, _ = batch(8, (4,))
     z = gk.ops.randn((8, 4), noise=noise.at(Purpose.TRAINING), dtype=F64)
-    u = gk.ops.uniform((8,), noise=noise.at(Purpose.TIMES, 1), dtype=F64)
+    u = gk.ops.uniform((8,), noise=noise.at(Purpose.TIMES, 2), dtype=F64)
     t = gk.ops.uniform((8,), noise=noise.at(Purpose.TIMES), dtype=F64)
     index = coupling(z, x, {}, u)
     got = flow.loss(lambda x, t: model(x), x, coupling=coupling, noise=noise)
@@ -166,6 +166,28 @@ def test_coupled_loss_of_half_precision_data_has_a_gradient():
 def test_bad_coupling_is_named(coupling, error, words):
     with pytest.raises(error, match=words):
         gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), coupling=coupling)
+
+
+@pytest.mark.parametrize("last", [-1, 3])
+def test_index_of_a_coupling_that_is_no_sample_is_refused(last):
+    with pytest.raises(ValueError, match=rf"coupling: expected integers from 0 to 2, got \[0, 1, {last}\]"):
+        gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), coupling=lambda *_: torch.tensor([0, 1, last]))
+
+
+@pytest.mark.parametrize("place", ["x0", "x1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_sinkhorn_refuses_what_is_not_finite(place, value):
+    x0, x1, u = batch(4, (2,))
+    (x0 if place == "x0" else x1)[2, 1] = value
+    with pytest.raises(ValueError, match=f"{place}: expected a finite number, got"):
+        flows.Sinkhorn()(x0, x1, {}, u)
+
+
+def test_sinkhorn_leaves_what_is_not_finite_in_its_place_where_values_are_not_looked_at(monkeypatch):
+    x0, x1, u = batch(4, (2,))
+    x0[2] = math.nan
+    monkeypatch.setattr(check, "_visible", lambda value: False)  # as on a device
+    assert torch.equal(flows.Sinkhorn()(x0, x1, {}, u), torch.arange(4))
 
 
 @pytest.mark.parametrize("options, words", [

@@ -11,6 +11,7 @@ from torch import nn
 
 import genkern as gk
 from genkern import flows, paths
+from genkern.methods.times import Stratified
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not cuda_works(), reason=NO_CUDA)]
 
@@ -27,7 +28,7 @@ def unsynchronised():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("times", [None, flows.Beta(2.0, 0.7), flows.Stratified(flows.LogitNormal()), flows.UShaped()])
+@pytest.mark.parametrize("times", [None, flows.Beta(2.0, 0.7), Stratified(of=flows.LogitNormal()), flows.UShaped()])
 @pytest.mark.parametrize("coupling", [None, flows.Sinkhorn(labels="y"), flows.Independent()])
 @pytest.mark.parametrize("path", ["cond_ot", "cosine", paths.Reversed(paths.CosineVP())])
 def test_loss_does_not_wait_for_the_device(times, coupling, path):

@@ -311,6 +311,20 @@ def test_dequantised_bits_are_no_less_than_the_discrete_code_length():
     torch.testing.assert_close(bits - exact, gap, rtol=0, atol=0.04)
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 2), (2, 5, 2), (3, 2), (3,), (0, 4, 2), (2, 4, 3)])
+def test_probes_of_another_batch_are_refused(shape):
+    with pytest.raises(ValueError, match=r"probes: expected shape \(K, 4, 2\) of x's \(4, 2\), got"):
+        flows.Hutchinson(torch.ones(shape))(lambda x: x.sin(), torch.zeros(4, 2))
+
+
+def test_images_scaled_to_one_and_half_precision_are_refused():
+    with pytest.raises(ValueError, match="k: expected integers from 0 to 255, got numbers between them"):
+        flows.dequantize(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="dtype: expected torch.float32 or torch.float64, got torch.float16"):
+        flows.dequantize(torch.zeros(2, 3, dtype=torch.int64), dtype=torch.float16)
+    assert flows.dequantize(torch.tensor([[3.0, 0.0]]), 4, noise=Noise(0)).shape == (1, 2)
+
+
 def test_levels_that_are_none_are_refused():
     with pytest.raises(ValueError, match="k: expected a number from 0 to 15, got 0 to 16"):
         flows.dequantize(torch.arange(17), 16)

@@ -61,6 +61,24 @@ def test_field_is_finite_and_exact_close_to_the_data_in_many_dimensions():
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_likelihood_of_the_field_is_the_marginal_density():
+    path = paths.CondOT(0.2)
+    field, flow = flows.MarginalField(POINTS, path, Q, chunk=2), gk.FlowMatching(path)
+    x = points_as_mixture().sample(12, seed=3).to(F64) + 0.2 * torch.randn(12, 2, dtype=F64)
+    got = flow.log_prob(field, x, steps=150, sampler="rk4", dtype=F64)
+    torch.testing.assert_close(got, field.log_density(x, 1.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_score_of_the_marginal_density_is_its_gradient(chunk):
+    """grad log p_t = (alpha y - x) / sigma^2, y the posterior mean (13.19)."""
+    path, x = paths.CondOT(0.2), torch.randn(7, 2, dtype=F64, requires_grad=True)
+    field = flows.MarginalField(POINTS, path, Q, chunk=chunk)
+    (got,) = torch.autograd.grad(field.log_density(x, 0.4).sum(), x)
+    alpha, sigma = path.alpha(0.4), path.sigma(0.4)
+    torch.testing.assert_close(got, ((alpha * field.data(x, 0.4) - x) / sigma**2).detach())
+
+
 def test_points_without_weight_leave_the_field_as_it_is():
     q = torch.tensor([0.0, 0.0, 0.2, 0.25, 0.05], dtype=F64)
     x = torch.randn(8, 2, dtype=F64)

@@ -95,20 +95,19 @@ def test_rectified_coupling_costs_no_more_for_any_convex_cost(cost, rectified):
 
 def test_rectified_coupling_keeps_the_marginals(rectified):
     _, _, z1, trajectory = rectified
-    n, stats = len(z1), pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats")
     distance = torch.cdist(z1, POINTS)
     assert float(distance.min(1).values.max()) < 1e-3
     counts = torch.bincount(distance.argmin(1), minlength=4)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
     assert stats.kstest(trajectory[0].flatten().numpy(), "norm").pvalue > 1e-3
-    assert n == int(counts.sum())
 
 
 def test_what_reflow_saves_is_the_straightness_and_the_residual(rectified):
     """E|X_1 - X_0|^2 - E|Z_1 - Z_0|^2 = S(Z) + int E|(X_1 - X_0) - v(X_t, t)|^2 dt, within four standard errors."""
     field, x1, z1, trajectory = rectified
     x0 = trajectory[0]
-    residual = 2 * FLOW.loss(field, x1, x0, times=flows.Stratified(), noise=Noise(3), reduction="none")
+    residual = 2 * FLOW.loss(field, x1, x0, times="stratified", noise=Noise(3), reduction="none")
     terms = flows.transport_cost(x0, x1) - flows.transport_cost(x0, z1) - flows.straightness(trajectory) - residual
     assert float(terms.mean()) == pytest.approx(0.0, abs=4 * float(terms.std()) / math.sqrt(len(terms)) + 0.01)
 

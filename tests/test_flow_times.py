@@ -8,6 +8,7 @@ import torch
 
 import genkern as gk
 from genkern import flows
+from genkern.methods.times import Antithetic, LossSecondMoment, Stratified, Uniform
 from genkern.noise import Noise, Purpose
 
 stats = pytest.importorskip("scipy.stats")
@@ -18,7 +19,7 @@ U = torch.cat([torch.logspace(-9, -2, 40, dtype=F64), torch.linspace(0.01, 0.99,
 U = torch.cat([U, 1 - torch.logspace(-9, -2, 40, dtype=F64)])
 BETAS = [(2.0, 5.0), (0.5, 0.5), (1.0, 1.0), (0.6, 3.0), (8.0, 1.5), (0.05, 0.2), (300.0, 200.0)]
 TIMES = [
-    flows.Uniform(), flows.LogitNormal(), flows.LogitNormal(-0.5, 0.7), flows.LogitNormal(1.0, 2.0), flows.UShaped(),
+    flows.LogitNormal(), flows.LogitNormal(-0.5, 0.7), flows.LogitNormal(1.0, 2.0), flows.UShaped(),
     flows.UShaped(0.1), flows.UShaped(12.0), *[flows.Beta(a, b) for a, b in BETAS[:5]],
 ]  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_drawn_times_have_the_distribution(times):
     assert stats.kstest(cdf, "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("times", [*TIMES, flows.Stratified(flows.LogitNormal())])
+@pytest.mark.parametrize("times", TIMES)
 def test_times_are_in_the_unit_interval_and_the_same_on_every_device(times, device):
     noise = Noise(3).at(Purpose.TIMES)
     t = times(gk.ops.uniform((5000,), noise=noise, device=device, dtype=F64)).cpu()
@@ -83,12 +84,93 @@ def test_times_are_in_the_unit_interval_and_the_same_on_every_device(times, devi
     torch.testing.assert_close(t, here, rtol=1e-13, atol=0)
 
 
-def test_stratified_times_are_one_in_each_part():
-    u = torch.rand(64, dtype=F64)
-    t = flows.Stratified()(u)
-    assert torch.equal((t * 64).floor(), torch.arange(64, dtype=F64))
-    parts = logit_normal(0.3, 1.2)(flows.Stratified(flows.LogitNormal(0.3, 1.2))(u).numpy())
-    np.testing.assert_array_equal(np.floor(parts * 64), np.arange(64))
+LOSSES = [
+    gk.FlowMatching().loss, gk.RectifiedFlow().loss, gk.Diffusion("continuous_vp").loss, gk.Diffusion(timesteps=50).loss
+]  # fmt: skip
+
+
+def told(loss, times, size=16, ids=None, dtype=torch.float32):
+    """The times that the network is told."""
+    seen = []
+    loss(
+        lambda x, t: seen.append(t) or x, torch.zeros(size, 2, dtype=dtype), times=times,
+        noise=Noise(9, sample_ids=ids),
+    )  # fmt: skip
+    return seen[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sampler", [Uniform, Stratified, Antithetic])
+def test_every_loss_draws_its_times_in_the_same_two_steps(loss, sampler):
+    """u as the sampler has it, then F^{-1}(u), in discrete time floor(T F^{-1}(u))."""
+    logit_normal, diffusion = flows.LogitNormal(0.3, 1.2), getattr(loss, "__self__", None)
+    u, bare = (sampler().uniforms(Noise(9), 16, torch.device("cpu"), dtype) for dtype in (F64, torch.float32))
+    discrete = isinstance(diffusion, gk.Diffusion) and diffusion.discrete
+
+    def expected(t):
+        return (50 * t).long() if discrete else t.float()
+
+    assert torch.equal(told(loss, sampler(of=logit_normal)), expected(logit_normal(u)))
+    assert torch.equal(told(loss, sampler.__name__.lower()), expected(bare))
+    assert torch.equal(told(loss, sampler()), expected(bare))
+    if sampler is Uniform:
+        assert torch.equal(told(loss, logit_normal), expected(logit_normal(u)))
+        assert torch.equal(told(loss, None), expected(bare))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("times", ["stratified", "antithetic", Stratified(of=flows.UShaped())])
+def test_time_of_a_sample_goes_by_its_id_and_not_by_its_place(loss, times):
+    ids = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(told(loss, times, ids=ids), told(loss, times)[ids])
+
+
+def test_stratified_times_are_one_in_each_part_of_equal_probability():
+    t = told(LOSSES[0], Stratified(of=flows.LogitNormal(0.3, 1.2)), 64, dtype=F64)
+    start = float(gk.ops.uniform((1,), noise=Noise(9).at(Purpose.TIMES, 1), dtype=F64))
+    places = np.floor((logit_normal(0.3, 1.2)(t.numpy()) - start) % 1.0 * 64)
+    assert sorted(places) == list(range(64))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("weight", [2.0, 2, torch.full((16,), 2.0), torch.tensor([2.0], dtype=F64)])
+def test_weight_of_drawn_times_may_be_a_number_too(loss, weight):
+    x = torch.randn(16, 3)
+    plain, twice = (
+        loss(lambda x, t: x, x, times=times, noise=Noise(1)) for times in (lambda u: u, lambda u: (u, weight))
+    )
+    torch.testing.assert_close(twice, 2.0 * plain)
+
+
+@pytest.mark.parametrize("std", [5.0, 50.0])
+def test_logit_normal_times_stay_where_the_density_has_an_inverse_in_float32(std):
+    times = flows.LogitNormal(std=std)
+    t = told(LOSSES[0], times, 20_000)
+    assert 0.0 < float(t.min()) and float(t.max()) < 1.0
+    assert (1.0 / times.density(t)).isfinite().all()
+    gk.FlowMatching().loss(
+        lambda x, t: x, torch.zeros(20_000, 1), times=times, weight=lambda t: 1.0 / times.density(t), noise=Noise(9)
+    )
+
+
+def test_logit_normal_density_is_zero_at_both_ends():
+    assert torch.equal(flows.LogitNormal().density(torch.tensor([0.0, 1.0])), torch.zeros(2))
+
+
+def test_u_shaped_times_of_the_largest_a_are_finite_and_have_their_density_in_float32():
+    """In the lower half p(t) = a/2 e^{-a t} and t = -log(1 - 2u)/a, where e^{-a} is nothing beside 1."""
+    times, u = flows.UShaped(700.0), torch.linspace(0.01, 0.4, 20, dtype=F64)
+    t = times(u)
+    torch.testing.assert_close(t, -torch.log1p(-2.0 * u) / 700.0, rtol=1e-9, atol=0)
+    torch.testing.assert_close(times.density(t.float()), (350.0 * torch.exp(-700.0 * t)).float(), rtol=1e-4, atol=0)
+    assert times(torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=F64)).isfinite().all()
+
+
+@pytest.mark.parametrize("of", [0.5, flows.LogitNormal, LossSecondMoment(10), Uniform()])
+@pytest.mark.parametrize("sampler", [Uniform, Stratified, Antithetic])
+def test_what_is_no_distribution_is_refused_by_the_sampler_of_times(sampler, of):
+    with pytest.raises(TypeError, match=r"of: expected a callable of numbers in \(0, 1\), got"):
+        sampler(of=of)
 
 
 @pytest.mark.parametrize("flow", [gk.FlowMatching(), gk.RectifiedFlow()])
@@ -129,13 +211,18 @@ def test_loss_weighed_by_one_over_the_density_is_that_of_uniform_times(times):
 @pytest.mark.parametrize("make, words", [
     (lambda: flows.LogitNormal(std=0.0), "std: expected a number > 0, got 0.0"),
     (lambda: flows.UShaped(-1.0), "a: expected a number > 0, got -1.0"),
+    (lambda: flows.UShaped(1500.0), "a: expected a number from 0 to 700, got 1500.0"),
     (lambda: flows.Beta(0.0, 1.0), "alpha: expected a number > 0, got 0.0"),
-    (lambda: gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), t=0.5, times=flows.Uniform()),
+    (lambda: gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), t=0.5, times=flows.UShaped()),
      "times: expected None beside t"),
     (lambda: gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), times=lambda u: u[:2]),
      r"times: expected a tensor of shape \(3,\) from the callable, got \(2,\)"),
     (lambda: gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), times=lambda u: u + 1),
      "times: expected a number from 0 to 1"),
+    (lambda: gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), times="even"),
+     "times: expected one of 'uniform', 'stratified', 'antithetic', got 'even'"),
+    (lambda: gk.RectifiedFlow().loss(lambda x, t: x, torch.zeros(3, 2), times=LossSecondMoment(10)),
+     r"times: expected another in a flow, got LossSecondMoment\(10\), which draws the timesteps of Diffusion"),
 ])  # fmt: skip
 def test_bad_argument_of_times_is_named(make, words):
     with pytest.raises(ValueError, match=words):

@@ -8,7 +8,7 @@ import numpy as np
 
 import genkern as gk
 from genkern import paths
-from genkern.samplers import Euler, OnPath
+from genkern.samplers import DDIM, Euler, OnPath
 from genkern.samplers.table import stages_of
 
 GRID = np.linspace(0.1, 0.9, 5)
@@ -53,7 +53,10 @@ def test_attributes_set_anew_are_another_path():
 
 
 def test_the_packages_own_paths_keep_theirs():
-    for path in (paths.CondOT(), gk.Diffusion().path, paths.Reversed(paths.Cosine())):
+    for sampler, path, grid in (
+        (Euler(), paths.CondOT(), GRID),
+        (Euler(), paths.Reversed(paths.Cosine()), GRID),
+        (DDIM(), gk.Diffusion().path, 900.0 * GRID[::-1]),
+    ):
         network = OnPath(path, "epsilon")
-        grid = np.linspace(0.1, 0.9, 5) * (900.0 if path.stop > 1.0 else 1.0)
-        assert stages_of(Euler(), network, grid) is stages_of(Euler(), network, grid)
+        assert stages_of(sampler, network, grid) is stages_of(sampler, network, grid)

@@ -5,7 +5,7 @@ from .dequantization import bits_per_dim, dequantize
 from .divergence import Exact, Hutchinson
 from .marginal import MarginalField
 from .measures import COSTS, curvature, straightness, transport_cost
-from .times import Beta, LogitNormal, Stratified, Times, Uniform, UShaped
+from .times import Beta, LogitNormal, Times, UShaped
 
 __all__ = [
     "COSTS",
@@ -17,10 +17,8 @@ __all__ = [
     "MarginalField",
     "Optimal",
     "Sinkhorn",
-    "Stratified",
     "Times",
     "UShaped",
-    "Uniform",
     "bits_per_dim",
     "curvature",
     "dequantize",

@@ -9,9 +9,10 @@
     P(i | j) = e^{(f_i - c_ij)/eps} / sum_i e^{(f_i - c_ij)/eps}
 
 Each is a callable coupling(x0, x1, cond, u) for loss(coupling=): x0 and x1 [B, ...], cond the model's conditions, u
-uniforms [B] from the Noise, giving an index, int64 [B]: x1[b] is paired with x0[index[b]]. With labels="y" only
-samples of one class, equal in cond["y"], exchange their sources: transport between whole batches ties the source to the
-class, which a conditional model then cannot draw independently.
+uniforms [B] from the Noise, giving an index, int64 [B] of 0 .. B-1: x1[b] is paired with x0[index[b]]. Its values are
+looked at on the CPU, and on a GPU under gk.debug(values=True); without that, one out of range is the device's own
+assertion there. With labels="y" only samples of one class, equal in cond["y"], exchange their sources: transport
+between whole batches ties the source to the class, which a conditional model then cannot draw independently.
 
 Tong et al., arXiv:2302.00482; Pooladian et al., arXiv:2304.14772; Cuturi, arXiv:1306.0895; Cheng, Schwing,
 arXiv:2503.10636 (conditions).
@@ -67,10 +68,15 @@ class Sinkhorn:
     iterations have converged.
 
     Args:
-        epsilon: > 0, in units of the mean cost; towards 0 the exact coupling, towards infinity the independent one.
+        epsilon: > 0, in units of the mean cost; towards 0 the exact coupling, towards infinity the independent one. A
+            sample far from all others raises the mean, and so brings the others' plan near the independent one.
         iterations: >= 1. Over their first half the regularisation falls evenly in the logarithm from the mean cost to
             its end.
         labels: as of Optimal.
+
+    Raises (when called):
+        ValueError: a source or datum that is not finite (looked at on the host; on a device every datum then keeps the
+            source in its own place, so that the loss shows it).
     """
 
     def __init__(self, epsilon: float = 0.05, iterations: int = 100, labels: str | None = None) -> None:
@@ -81,6 +87,8 @@ class Sinkhorn:
 
     def plan(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
         """P(i | j) as [i, j], each column a distribution over the sources; float32 (float64 for float64)."""
+        for name, x in (("x0", x0), ("x1", x1)):
+            check.inside(name, x, -math.inf, math.inf)
         cost = costs(x0, x1, _classes(self.labels, {} if cond is None else cond, x1))
         finite = cost.isfinite()
         mean = torch.where(finite, cost, 0.0).sum() / finite.sum()
@@ -96,7 +104,8 @@ class Sinkhorn:
     def __call__(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], u: Tensor) -> Tensor:
         below = self.plan(x0, x1, cond).double().cumsum(0)
         # u of each column's own sum, which rounding may leave beside 1: no source without mass is drawn.
-        return (below < u.double() * below[-1]).sum(0).clamp_(max=max(x0.shape[0] - 1, 0))
+        index = (below < u.double() * below[-1]).sum(0).clamp_(max=max(x0.shape[0] - 1, 0))
+        return torch.where(below[-1].isnan(), torch.arange(x1.shape[0], device=x1.device), index)
 
 
 def costs(x0: Tensor, x1: Tensor, classes: Tensor | None = None) -> Tensor:

@@ -35,10 +35,13 @@ def dequantize(
         x.  [B, ...], dtype.
 
     Raises:
-        ValueError: levels < 2, or not low < high; k outside 0 .. levels-1 (looked at on the host).
+        ValueError: levels < 2, or not low < high; another dtype; k outside 0 .. levels-1, or between two of them, such
+            as images scaled to [0, 1] (looked at on the host).
     """
     width = _cell(levels, low, high)
-    check.inside("k", k, 0, levels - 1)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    check.whole("k", k, 0, levels - 1)
     u = ops.uniform(tuple(k.shape), noise=Noise.fresh() if noise is None else noise, device=k.device, dtype=dtype)
     return low + width * (k.to(dtype) + u)
 

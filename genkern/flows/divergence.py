@@ -65,9 +65,15 @@ class Hutchinson:
         self.probes, self.differentiable = probes, differentiable
 
     def __call__(self, f: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and the estimate [B], float32 (float64 for float64)."""
+        """f: [B, ...] to [B, ...]; x: [B, ...]. Returns f(x) and the estimate [B], float32 (float64 for float64).
+
+        ValueError: the probes are of another shape than x (or x is no whole number of their batches).
+        """
+        got, size = tuple(self.probes.shape), tuple(x.shape)
+        repeats = max(size[0] // max(got[1], 1), 1) if len(got) > 1 else 0  # 2 under guidance
+        if not repeats or got[1] * repeats != size[0] or got[2:] != size[1:] or not got[0]:
+            raise ValueError(f"probes: expected shape (K, {', '.join(map(str, size))}) of x's {size}, got {got}")
         v, x = _value(f, x, self.differentiable)
-        repeats = x.shape[0] // max(self.probes.shape[1], 1)  # 2 under guidance
         z = torch.cat([self.probes] * repeats, dim=1).to(v.dtype)
         products = [_products(v, x, one[None], self.differentiable)[0] for one in z]
         by_sample = [(p * one).reshape(x.shape[0], -1) for p, one in zip(products, z, strict=True)]

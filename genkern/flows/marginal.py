@@ -63,7 +63,7 @@ class MarginalField:
             t: a number, or [B]; with sigma > 0 (where it is 0, u_t is defined at no state but the data).
 
         Returns:
-            u_t(x).  [B, ...], x's dtype.
+            u_t(x).  [B, ...], x's dtype; differentiable in x, whose divergence log_prob() of a flow takes.
 
         Raises:
             ValueError: a state's shape is not a data point's; t outside the path, or with sigma = 0 (looked at on the
@@ -107,7 +107,7 @@ class MarginalField:
 
     def _posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """y [B, D] and log sum_i exp l_i [B], float64."""
-        flat, points = x.detach().double().reshape(x.shape[0], -1), self.points.reshape(len(self.points), -1)
+        flat, points = x.double().reshape(x.shape[0], -1), self.points.reshape(len(self.points), -1)
         by_x, by_square = (alpha / sigma**2)[:, None], (0.5 * (alpha / sigma) ** 2)[:, None]
         largest = torch.full((x.shape[0], 1), -math.inf, dtype=torch.float64, device=x.device)
         total, mean = torch.zeros_like(largest), torch.zeros_like(flat)
@@ -115,7 +115,7 @@ class MarginalField:
             part = points[low : low + self.chunk].double()
             logits = by_x * (flat @ part.T) - by_square * part.square().sum(1) + self._log_q[low : low + self.chunk]
             # Finite, so that a chunk without weight before all others is no inf - inf.
-            above = torch.maximum(largest, logits.amax(1, keepdim=True)).clamp(min=-1e300)
+            above = torch.maximum(largest, logits.amax(1, keepdim=True)).clamp(min=-1e300).detach()  # drops out
             p, kept = (logits - above).exp(), (largest - above).exp()
             total, mean, largest = kept * total + p.sum(1, keepdim=True), kept * mean + p @ part, above
         return mean / total, (largest + total.log())[:, 0]

@@ -1,15 +1,14 @@
-"""Training times of flows: t = F^{-1}(u), u uniform in (0, 1), with F a distribution on [0, 1] and density p = F'.
+"""Distributions of training times: t = F^{-1}(u), u uniform in (0, 1), with F on [0, 1] and density p = F'.
 
-    Uniform        p = 1
     LogitNormal    logit t ~ N(mean, std^2)                                                       arXiv:2403.03206
     UShaped        p = a cosh(a (t - 1/2)) / (2 sinh(a/2)), in proportion to e^{at} + e^{a(1-t)}    arXiv:2405.20320
     Beta           p = t^{alpha - 1} (1 - t)^{beta - 1} / B(alpha, beta)
-    Stratified     one time in each of B parts of equal probability of another's
 
-Each is a callable of the uniforms [B] giving t [B], for loss(times=): any such callable will do, and one that returns
-(t, weight) weighs the samples too. The uniforms are the Noise's, and t is computed in float64 by formulas without
-branches or rejection, so that every device draws the same times. With weight=lambda t: 1 / times.density(t) the loss
-is an unbiased estimate of the one with uniform times.
+Each is a callable of the uniforms [B] giving t [B], for loss(times=) of the flows and of Diffusion: any such callable
+will do, and one that returns (t, weight) weighs the samples too. How u is drawn is genkern.methods.times: by itself,
+or loss(times=Stratified(of=LogitNormal())). The uniforms are the Noise's, and t is computed in float64 by formulas
+without branches or rejection, so that every device draws the same times. With weight=lambda t: 1 / times.density(t) the
+loss is an unbiased estimate of the one with uniform times.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Times:
     """A distribution on [0, 1]."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        """t = F^{-1}(u), [B], of u's dtype and computed in it; u in (0, 1)."""
+        """t = F^{-1}(u), [B], of u's dtype; u in (0, 1)."""
         raise NotImplementedError
 
     def density(self, t: Tensor) -> Tensor:
@@ -37,18 +36,9 @@ class Times:
         raise NotImplementedError
 
 
-class Uniform(Times):
-    """t = u."""
-
-    def __call__(self, u: Tensor) -> Tensor:
-        return u
-
-    def density(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
-
 class LogitNormal(Times):
-    """t = 1 / (1 + e^{-(mean + std q)}), q the normal quantile of u.
+    """t = 1 / (1 + e^{-(mean + std q)}), q the normal quantile of u; kept within 2^-126 and 1 - 2^-24, which float32
+    holds, so that the density is not 0 at a time that is drawn.
 
     Args:
         mean: of logit t; above 0 the times lean toward the data.
@@ -61,30 +51,37 @@ class LogitNormal(Times):
         self.mean, self.std = check.number("mean", mean), _positive("std", std)
 
     def __call__(self, u: Tensor) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).clamp(2.0**-126, 1.0 - 2.0**-24)
 
     def density(self, t: Tensor) -> Tensor:
-        z = (torch.logit(t) - self.mean) / self.std
-        return torch.exp(-0.5 * z * z) / (self.std * math.sqrt(2.0 * math.pi) * t * (1.0 - t))
+        """p(t), [B]; t in [0, 1], at whose ends it is 0."""
+        inside = (t > 0.0) & (t < 1.0)
+        s = torch.where(inside, t, 0.5)
+        z = (torch.logit(s) - self.mean) / self.std
+        found = torch.exp(-0.5 * z * z) / (self.std * math.sqrt(2.0 * math.pi) * s * (1.0 - s))
+        return torch.where(inside, found, 0.0)
 
 
 class UShaped(Times):
     """t = 1/2 + asinh((2u - 1) sinh(a/2)) / a: most often near both ends, where a 2-rectified flow is hard to fit.
 
     Args:
-        a: > 0; the density at the ends is cosh(a/2) times that in the middle.
+        a: in (0, 700]; the density at the ends is cosh(a/2) times that in the middle. Beyond, the square of sinh(a/2)
+            is none of float64.
 
     Source: Lee, Lin, Fanti, arXiv:2405.20320 (a = 4): draws of e^{at}, half of them mirrored.
     """
 
     def __init__(self, a: float = 4.0) -> None:
-        self.a = _positive("a", a)
+        self.a = check.number("a", _positive("a", a), 0.0, 700.0)
 
     def __call__(self, u: Tensor) -> Tensor:
-        return 0.5 + torch.asinh((2.0 * u - 1.0) * math.sinh(0.5 * self.a)) / self.a
+        return (0.5 + torch.asinh((2.0 * u.double() - 1.0) * math.sinh(0.5 * self.a)) / self.a).to(u.dtype)
 
     def density(self, t: Tensor) -> Tensor:
-        return self.a * torch.cosh(self.a * (t - 0.5)) / (2.0 * math.sinh(0.5 * self.a))
+        half = 0.5 * self.a
+        x = (self.a * (t - 0.5)).abs()  # cosh and sinh over e^half, which float32 may not hold
+        return self.a * ((x - half).exp() + (-x - half).exp()) / (-2.0 * math.expm1(-self.a))
 
 
 class Beta(Times):
@@ -138,26 +135,6 @@ class Beta(Times):
 
     def density(self, t: Tensor) -> Tensor:
         return torch.exp((self.alpha - 1.0) * t.log() + (self.beta - 1.0) * torch.log1p(-t) - self._log_norm)
-
-
-class Stratified(Times):
-    """t_b = F^{-1}((b + u_b) / B): each of B parts of equal probability has one time, so that the mean over a batch
-    varies less. A time depends on the place in the batch, which must tell nothing about the sample.
-
-    Args:
-        of: F; default uniform.
-    """
-
-    def __init__(self, of: Times | None = None) -> None:
-        self.of = Uniform() if of is None else of
-
-    def __call__(self, u: Tensor) -> Tensor:
-        part = torch.arange(u.shape[0], device=u.device, dtype=u.dtype)
-        return self.of((part + u) / max(u.shape[0], 1))
-
-    def density(self, t: Tensor) -> Tensor:
-        """Over the batch as a whole: that of F."""
-        return self.of.density(t)
 
 
 def _logs(special: Any, a: float, b: float, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The methods: loss() and sample() of each; weightings and times: of the loss of Diffusion; curricula and
+"""The methods: loss() and sample() of each; times: of every loss; weightings: of the loss of Diffusion; curricula and
 metrics: of Consistency's training."""
 
 from . import curricula, metrics, times, weightings

@@ -13,10 +13,11 @@ from .. import check, ops
 from ..noise import Noise, Purpose
 from ..samplers import network
 from ..samplers.loop import check_source
-from .times import TimeSampler, Uniform
+from .times import LossSecondMoment, TimeSampler, Uniform
+from .times import named as times_named
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
-Times = Tensor | Callable[[Tensor], Any] | None  # uniforms [B] to times [B], or to (times, weights)
+Times = str | TimeSampler | Callable[[Tensor], Any] | Tensor | None  # how they are drawn (methods.times), or themselves
 Metric = Callable[[Tensor, Tensor], Tensor]  # d(f, target), [B]
 
 
@@ -107,11 +108,27 @@ class Batch:
         """The noise of the data: given, or named."""
         return self._noise if isinstance(self._noise, Tensor) else self.source.at(self.purpose)
 
-    def uniform(self, sampler: TimeSampler | None = None) -> Tensor:
-        """One number in (0, 1) a sample, [B], as the sampler of times has it; default each by itself."""
-        return (Uniform() if sampler is None else sampler).uniforms(
-            self.source, self.size, self.device, self.coef_dtype
-        )
+    def uniform(self) -> Tensor:
+        """One number in (0, 1) a sample, [B], each by itself."""
+        return self.drawn(Uniform())
+
+    def drawn(self, sampler: TimeSampler) -> Tensor:
+        """t = F^{-1}(u) in [0, 1], [B], as the sampler of times and its distribution have them; float64 where there is
+        a distribution. Its weights, where it has some, are kept for loss()."""
+        of = getattr(sampler, "of", None)
+        dtype = self.coef_dtype if of is None else torch.float64
+        u = sampler.uniforms(self.source, self.size, self.device, dtype)
+        if of is None:
+            return u
+        found = of(u)
+        if isinstance(found, tuple) and len(found) == 2:
+            found, weight = found
+            self._times_weight = self.given_time("times", weight, -math.inf, math.inf)
+        if not isinstance(found, Tensor) or found.shape != (self.size,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"times: expected a tensor of shape ({self.size},) from the callable, got {got}")
+        checked: Tensor = check.coefficient("times", found, self.x, 0.0, 1.0)
+        return checked
 
     def normal(self, k: int = 0) -> Tensor:
         """One standard normal number a sample, [B]; k: of several."""
@@ -141,26 +158,21 @@ class Batch:
             return torch.full((self.size,), found, device=self.device, dtype=self.coef_dtype)
         return found.to(self.coef_dtype).expand(self.size).contiguous()
 
-    def times(self, t: Any, times: Times, low: float, high: float) -> Tensor:
-        """The times of loss(t=, times=), [B]: given, or drawn by a callable of uniforms, which may weigh them; uniform
-        without either, low and high being 0 and 1."""
+    def times(self, t: Any, times: Times) -> Tensor:
+        """The times of loss(t=, times=) in [0, 1], [B]: given as either, or drawn; uniform without both."""
         if t is not None and times is not None:
             raise ValueError("times: expected None beside t")
         if t is not None:
-            return self.given_time("t", t, low, high)
-        if times is None:
-            return self.uniform()
-        if not callable(times):
-            return self.given_time("times", times, low, high)
-        noise = self.source.at(Purpose.TIMES)
-        found = times(ops.uniform((self.size,), noise=noise, device=self.device, dtype=torch.float64))
-        if isinstance(found, tuple) and len(found) == 2:
-            found, self._times_weight = found
-            check.coefficient("times", self._times_weight, self.x)
-        if not isinstance(found, Tensor) or found.shape != (self.size,):
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"times: expected a tensor of shape ({self.size},) from the callable, got {got}")
-        return self.given_time("times", found, low, high)
+            return self.given_time("t", t, 0.0, 1.0)
+        if not (times is None or isinstance(times, str) or callable(times) or hasattr(times, "uniforms")):
+            return self.given_time("times", times, 0.0, 1.0)
+        sampler = times_named(times)
+        if isinstance(sampler, LossSecondMoment):
+            raise ValueError(
+                f"times: expected another in a flow, got LossSecondMoment({sampler.timesteps}), which draws the "
+                "timesteps of Diffusion"
+            )
+        return self.drawn(sampler).to(self.coef_dtype)
 
     def coupled(self, x0: Tensor | None, coupling: Any) -> Noise | Tensor:
         """The sources of the data, x0 or the noise, in the order of a coupling (flows.couplings); without one as they
@@ -179,6 +191,7 @@ class Batch:
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (self.size,):
             got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             raise ValueError(f"coupling: expected an index of int64 and shape ({self.size},), got {got}")
+        check.indices("coupling", index, self.size, self.size)
         return given.index_select(0, index)
 
     def call(

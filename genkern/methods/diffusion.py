@@ -128,7 +128,8 @@ class Diffusion(Variational):
             x: data.  [B, ...], floating.
             t: int64 [B] or an integer, of 0 .. T-1; on a continuous path floating [B] or a number, of [0, 1].
             times: instead of t, how it is drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
-                (methods.times), such as LossSecondMoment(T).
+                (methods.times), such as LossSecondMoment(T); or its distribution, a callable of uniforms [B] giving
+                numbers of [0, 1], or those and weights, such as those of genkern.flows (floor(T t) in discrete time).
             weighting: of times: "uniform" (the default: 1 on the prediction's residual), "snr", "min_snr",
                 "soft_min_snr", or a Weighting with its own gamma (methods.weightings); a function of log SNR [B] that
                 gives the weight of the data's squared error; or gamma of (13.5), [T], of the noise's squared error. All
@@ -165,17 +166,19 @@ class Diffusion(Variational):
         elif t is not None:
             t = batch.given_time("t", t, 0.0, 1.0)
         else:
-            t = batch.uniform(chosen)
+            t = batch.drawn(chosen)
             if isinstance(chosen, LossSecondMoment):
                 t, importance = chosen.draw(t)
-            elif discrete:
-                t = batch.index_at(t, self.timesteps)
+                importance = importance.to(batch.coef_dtype)
+            else:
+                t = batch.index_at(t, self.timesteps) if discrete else t.to(batch.coef_dtype)
         if discrete:
             alpha, sigma = self._table.on(batch.device, batch.coef_dtype).index_select(1, t)
         else:
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         factor = None if weights is None else on_residual(weights, t, alpha, sigma, self.prediction)
-        record = chosen.update if importance is not None and chosen.recording else None
+        recording = importance is not None and chosen.recording and torch.is_grad_enabled()
+        record = chosen.update if recording else None
 
         def found(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:
             added_loss = None

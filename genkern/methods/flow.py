@@ -195,7 +195,7 @@ class Flow:
             model, sampler, options: as log_prob().
             shape: [B, ...]; not needed with x0.
             steps, times: as sample().
-            x0: draws of the source; default N(0, I).
+            x0: draws of the source; default N(0, sigma(0)^2 I).
             device: default x0's, else the model's.
 
         Returns:

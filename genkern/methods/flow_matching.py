@@ -70,8 +70,9 @@ class FlowMatching(Flow):
             model: called as model(x_t, t, **cond).
             x: data, the seed's x_1.  [B, ...], floating.
             t: [B] or a number, in [0, 1]; default drawn.
-            times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
-                genkern.flows; or t itself. Default uniform.
+            times: how they are drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
+                (methods.times; LossSecondMoment is Diffusion's alone); or their distribution, a callable of uniforms
+                [B] giving t [B], or (t, weight), such as those of genkern.flows; or t itself.
             coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
                 as flows.couplings has it; default independent.
             options: LossOptions; noise as a tensor is x0, from any source.
@@ -84,7 +85,7 @@ class FlowMatching(Flow):
         """
         batch = Batch(model, x, options)
         path, drawn = self.path, t is None and not isinstance(times, Tensor)
-        t = batch.times(t, times, 0.0, 1.0)
+        t = batch.times(t, times)
         z = batch.coupled(None, coupling)
         if isinstance(path, paths.CondOT):
             alpha, d_alpha, d_sigma = t, 1.0, path.d_sigma(0.0)  # its slopes are the same at all times

@@ -63,8 +63,9 @@ class RectifiedFlow(Flow):
             x1: data.  [B, ...], floating.
             x0: its coupled source.  [B, ...], of x1's dtype or a lower precision; None: independent N(0, I).
             t: [B] or a number, in [0, 1]; default drawn.
-            times: how they are drawn: a callable of uniforms [B] giving t [B], or (t, weight), such as those of
-                genkern.flows; or t itself. Default uniform.
+            times: how they are drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
+                (methods.times; LossSecondMoment is Diffusion's alone); or their distribution, a callable of uniforms
+                [B] giving t [B], or (t, weight), such as those of genkern.flows; or t itself.
             coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
                 as flows.couplings has it; default as they are given.
             options: LossOptions.
@@ -79,7 +80,7 @@ class RectifiedFlow(Flow):
         if x0 is not None and isinstance(options.get("noise"), Tensor):
             raise ValueError("noise: expected a Noise beside x0, which takes the noise's place, got a tensor")
         batch = Batch(model, x1, options)
-        t = batch.times(t, times, 0.0, 1.0)
+        t = batch.times(t, times)
         source = batch.coupled(x0, coupling)
         if x0 is None:
             noising = Row((Out(x=t, z=1.0 - t),))

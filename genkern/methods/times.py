@@ -1,4 +1,5 @@
-"""How the times of a training batch are drawn: numbers u in (0, 1), one a sample, and timesteps floor(u T) or times u.
+"""How the times of a training batch are drawn, in every loss: numbers u in (0, 1), one a sample, then times
+t = F^{-1}(u) of a distribution F on [0, 1] (t = u without one); where time is discrete, timesteps floor(T t).
 
 With U the uniform number of a sample's id, and U_0 one that the batch shares,
 
@@ -8,7 +9,9 @@ With U the uniform number of a sample's id, and U_0 one that the batch shares,
 
 each uniform on (0, 1) by itself. Stratified, the n intervals [U_0 + k/n, U_0 + (k+1)/n) have a sample each; as U_0
 turns them, no sample of a batch has a lasting place. All come from the Noise of the training times, so that the same
-noise gives the same times on every device.
+noise gives the same times on every device. A distribution is a callable of the numbers [B] giving t [B], or
+(t, weight), such as genkern.flows.LogitNormal: given by itself, or to one of these as `of`. It gets its numbers in
+float64; without one they are of the data's precision.
 
 Importance sampling draws t with probability p_t instead and weighs by 1 / (T p_t), which leaves the expected loss as it
 is: sum_t p_t (1 / (T p_t)) L_t = (1/T) sum_t L_t. With p_t proportional to sqrt(E[L_t^2]) its variance is least.
@@ -20,6 +23,7 @@ section 3.3 (importance).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +36,12 @@ NAMES = ("uniform", "stratified", "antithetic")
 LEAST = 2.0**-33  # the smallest uniform number
 
 
+Distribution = Callable[[Tensor], Any]  # numbers in (0, 1), [B], to times [B], or to (times, weights)
+
+
 class TimeSampler(Protocol):
-    """Draws numbers in (0, 1), each uniform by itself."""
+    """Draws numbers in (0, 1), each uniform by itself. An attribute `of`, where it is there and not None, is the
+    distribution whose times are taken at them."""
 
     def uniforms(self, noise: Noise, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[B], of a Noise whose draw is still to be set."""
@@ -41,7 +49,19 @@ class TimeSampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Every sample by itself."""
+    """Every sample by itself.
+
+    Args:
+        of: the times' distribution; default uniform.
+
+    Raises:
+        TypeError: of is no callable of numbers.
+    """
+
+    of: Distribution | None = None
+
+    def __post_init__(self) -> None:
+        _distribution(self.of)
 
     def uniforms(self, noise: Noise, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return ops.uniform((size,), noise=noise.at(Purpose.TIMES), device=device, dtype=dtype)
@@ -54,14 +74,17 @@ class Stratified:
     Args:
         strata: n; default the batch's size. Where a batch is spread over processes with sample_ids of the whole, its
             whole size.
+        of: the times' distribution; default uniform. The intervals are then of equal probability.
 
     Raises:
-        ValueError: strata < 1.
+        ValueError: strata < 1. TypeError: of is no callable of numbers.
     """
 
     strata: int | None = None
+    of: Distribution | None = None
 
     def __post_init__(self) -> None:
+        _distribution(self.of)
         if self.strata is not None:
             check.integer("strata", self.strata, 1)
 
@@ -78,7 +101,19 @@ class Stratified:
 
 @dataclasses.dataclass(frozen=True)
 class Antithetic:
-    """Pairs u, 1 - u: of samples whose ids are 2j and 2j + 1."""
+    """Pairs u, 1 - u: of samples whose ids are 2j and 2j + 1.
+
+    Args:
+        of: the times' distribution; default uniform.
+
+    Raises:
+        TypeError: of is no callable of numbers.
+    """
+
+    of: Distribution | None = None
+
+    def __post_init__(self) -> None:
+        _distribution(self.of)
 
     def uniforms(self, noise: Noise, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         ids = _ids(noise, size, device)
@@ -92,7 +127,8 @@ class LossSecondMoment(nn.Module):
     """Timesteps in proportion to the root mean square of their last losses: its state is here, the user's own.
 
     p_t = (1 - uniform) sqrt(mean of L_t^2) / sum + uniform / T, once every timestep has `history` losses; until then
-    all are alike. Diffusion.loss draws from it, weighs, and hands it the losses (weighted, but for 1 / (T p_t)).
+    all are alike. Diffusion.loss draws from it, weighs, and hands it the losses (weighted, but for 1 / (T p_t)); under
+    torch.no_grad() it records nothing, so that a validation loss leaves the training as it is.
     Where a batch is spread over processes, set recording = False, gather times and losses, and call update() with all
     of them, so that every process draws alike.
 
@@ -122,7 +158,8 @@ class LossSecondMoment(nn.Module):
         self.register_buffer("counts", torch.zeros(self.timesteps, dtype=torch.int64))
 
     def uniforms(self, noise: Noise, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return Uniform().uniforms(noise, size, device, dtype)
+        """Always float64: the 24 bits of float32 are too few for a timestep that is drawn once in a million times."""
+        return Uniform().uniforms(noise, size, device, torch.float64)
 
     def probabilities(self) -> Tensor:
         """p_t, [T] float64."""
@@ -161,13 +198,20 @@ class LossSecondMoment(nn.Module):
 
 
 def named(times: Any) -> Any:
-    """A sampler of times by its name, or as given. ValueError: another name. TypeError: no sampler."""
+    """A sampler of times by its name, as given, or of a distribution. ValueError: another name. TypeError: neither."""
     if times is None or isinstance(times, str):
         of = {"uniform": Uniform, "stratified": Stratified, "antithetic": Antithetic}
         return of[check.choice("times", "uniform" if times is None else times, NAMES)]()
-    if not callable(getattr(times, "uniforms", None)) or isinstance(times, type):
-        raise TypeError(f"times: expected a name or a TimeSampler, got {times!r}")
-    return times
+    if not isinstance(times, type) and callable(getattr(times, "uniforms", None)):
+        return times
+    if isinstance(times, type) or not callable(times):
+        raise TypeError(f"times: expected a name, a TimeSampler or a callable of numbers in (0, 1), got {times!r}")
+    return Uniform(times)
+
+
+def _distribution(of: Any) -> None:
+    if of is not None and (isinstance(of, type) or not callable(of) or hasattr(of, "uniforms")):
+        raise TypeError(f"of: expected a callable of numbers in (0, 1), got {of!r}")
 
 
 def _ids(noise: Noise, size: int, device: torch.device) -> Tensor:
