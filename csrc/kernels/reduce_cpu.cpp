@@ -1,5 +1,5 @@
-// reduce on the CPU: r = row(x, m, ...); mask * r (mask * sign(r)) is written, and mask * rho(r) summed over each
-// chunk.
+// reduce on the CPU: r = row(x, m, ...); scale * mask * r (scale * mask * sign(r)) is written, and mask * rho(r) summed
+// over each chunk.
 //
 // A block is summed in 16 lanes whatever the vector width, the lanes in a fixed tree, blocks and chunks in order in
 // double: the sums depend neither on the instruction set nor on the number of threads.

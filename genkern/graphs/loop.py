@@ -42,7 +42,9 @@ class Loop:
 
     What the model reads beside x, t, its conditions, parameters and buffers is captured as it is: numbers among its
     attributes, tensors that it makes only once. So are conditions that are neither tensors, numbers, words, nor lists
-    and mappings of these. Parameters changed in place are seen, moved or replaced ones captured anew.
+    and mappings of these, and torch's own switches (the precision of matrix products, which attention). Parameters
+    changed in place are seen, moved or replaced ones captured anew. The first call of a kind runs the model more often
+    than its steps: statistics that a module keeps in train mode move on.
 
     A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
     captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide. One warning says so, and

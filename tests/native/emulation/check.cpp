@@ -75,6 +75,8 @@ struct Pass {
   std::vector<float> table32;
   std::vector<int64_t> index, ids, key;
   std::vector<std::vector<double>> values;
+  int in_place = -1;  // the input that output 0 is written over
+  double scale = 1.0;
 };
 
 void build(Pass& pass, bool reduce) {
@@ -179,6 +181,21 @@ void build(Pass& pass, bool reduce) {
   }
 }
 
+// Half of the passes write over an input, where one has the output's type and memory of its own for every element.
+void choose_in_place(Pass& pass) {
+  const MapArgs& args = pass.args;
+  if (chance(0.5)) return;
+  for (int k : {kX, kM, kH0}) {
+    if (args.in[k].data == nullptr || args.in[k].dtype != args.out[0].dtype) continue;
+    bool apart = true;
+    for (int d = 0; d < args.ndim; ++d) apart = apart && (args.sizes[d] == 1 || pass.buffers[k].strides[d] != 0);
+    if (apart) {
+      pass.in_place = k;
+      return;
+    }
+  }
+}
+
 // NaN has many bit patterns, and which one an operation gives is not part of the contract.
 bool same(const Buffer& a, const Buffer& b, DType dtype) {
   const size_t n = a.bytes.size() / size_of_dtype(dtype);
@@ -201,20 +218,30 @@ int check(int number) {
   Pass pass;
   const bool reduce = chance(0.4);
   build(pass, reduce);
+  choose_in_place(pass);
+  pass.scale = chance(0.5) ? 1.0 : 0.37;
   MapArgs& args = pass.args;
+  constexpr double kGuard = -7.5;  // after the workspace
+  bool overrun = false;
   auto run = [&](bool cuda, std::vector<double>& sums) -> std::vector<Buffer> {
     std::vector<Buffer> outs(pass.buffers.begin() + kInputs, pass.buffers.end());
     for (int j = 0; j < args.n_out; ++j) args.out[j] = outs[j].array(args.out[j].dtype);
+    if (pass.in_place >= 0) {
+      outs[0] = pass.buffers[pass.in_place];
+      args.in[pass.in_place] = args.out[0] = outs[0].array(args.out[0].dtype);
+    }
     if (!reduce) {
       cuda ? static_cast<void>(map_cuda(args, nullptr)) : map_cpu(args, kSerial);
     } else {
       ReduceArgs r;
       r.map = args;
+      r.scale = pass.scale;
       r.rho = number % 2 != 0 ? Rho::square : Rho::absolute;
       std::vector<double> raw(2 * args.sizes[0] + 2),
-          workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1);
+          workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1, kGuard);
       r.sums = raw.data(), r.workspace = workspace.data();
       cuda ? static_cast<void>(reduce_cuda(r, nullptr)) : reduce_cpu(r, kSerial);
+      overrun = overrun || workspace.back() != kGuard;
       for (int64_t i = 0; i < 2 * args.sizes[0]; ++i)
         sums.push_back(args.f64 ? raw[i] : reinterpret_cast<const float*>(raw.data())[i]);
     }
@@ -229,6 +256,7 @@ int check(int number) {
     for (int j = 0; j < args.n_out; ++j)
       if (!same(cpu[j], cuda[j], args.out[j].dtype)) return fail(number, args, isa);
     if (!cpu_sums.empty() && sums != cpu_sums) return fail(number, args, "sums between instruction sets");
+    if (overrun) return fail(number, args, "workspace");
     cpu_sums = sums;
     for (size_t i = 0; i < sums.size(); ++i) {
       const double scale = std::fmax(1e-6, std::fabs(sums[i]));
