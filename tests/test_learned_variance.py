@@ -301,7 +301,8 @@ def ddpm(**options):
     (lambda: ddpm(guidance_scale=[2.0, 1.0], cond=[{}, {}], uncond={}), "cond: expected one condition with a learned"),
     (lambda: ddpm(step_noise=torch.zeros(2, *SHAPE), steps=4), r"step_noise: expected shape \(4, 4, 2, 5\), \[steps"),
     (lambda: ddpm(step_noise=lambda k: torch.zeros(2), steps=4), r"step_noise: expected shape \(4, 2, 5\) of step 0"),
-    (lambda: ddpm(noise=torch.tensor(1.0)), "initial state: expected shape|initial state: expected dimension 0"),
+    (lambda: ddpm(noise=torch.tensor(1.0), batch_size=2), "initial state: expected dimension 0 to be the batch"),
+    (lambda: ddpm(init=torch.zeros(4, 2, 6), strength=0.5), r"init: expected shape \(4, 2, 5\)"),
     (lambda: ddpm(guide=lambda x, t, y: x.sum()), "guide: expected None with a learned variance"),
 ])  # fmt: skip
 def test_unsupported_combination_is_named(make, words):

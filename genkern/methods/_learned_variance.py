@@ -178,7 +178,7 @@ def sampling(
     size = shape if start is None else tuple(start.shape)
     if not learned or size is None:
         return halved, stages, options
-    size = loop.size_of(shape, start)
+    size = loop.size_of(shape, start, "init" if start is options.get("init") else "initial state")
     loop.check_step_noise(options.get("step_noise"), len(grid) - 1, size)
     source = options.get("noise") if isinstance(options.get("noise"), Noise) else None
     loop.check_source(options.get("seed"), source, options.get("generator"))
