@@ -6,8 +6,9 @@ draws, with z the normals of the node that m is and p = (tau_m - tau_l) / (tau_r
     W(m) = (1 - p) W(l) + p W(r) + sqrt(p (tau_r - tau_m)) z
 
 (Levy's construction; at r = 1, where tau is infinite, W(l) + sqrt(tau_m - tau_l) z). It descends to an interval 2^-24
-of u and of 1 - u, inside which W is linear. So W(tau) is a sum of some 25 to 40 normals with weights that the host
-knows, one pass of the kernel each, and the variance of W(b) - W(a) is b - a less at most 2^-24 (a + b).
+of u and of 1 - u, inside which W is linear. So W(tau), tau up to 2^50, is a sum of some 25 to 55 normals with weights
+that the host knows, one pass of the kernel each, and the variance of W(b) - W(a) is b - a less at most 2^-24 (a + b);
+where tau is above 2^29, within the rounding of u, 2^-53 (a + b)^2.
 
 Node m of depth d is number 2^d + (its place), the stream of the key; the seed is the Noise's with its stream folded in.
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 FINEST = 2.0**-24  # of u and of 1 - u
+LONGEST = 2.0**50  # of tau: beyond it u is soon rounded to 1
 _MASK64 = (1 << 64) - 1
 
 
@@ -60,7 +62,7 @@ class BrownianNoise:
         """W(b) - W(a).
 
         Args:
-            a, b: times >= 0.
+            a, b: times from 0 to 2^50.
             shape: of the result, dimension 0 the batch.
             device, dtype: of the result; default torch's.
 
@@ -68,19 +70,23 @@ class BrownianNoise:
             [B, ...].
 
         Raises:
-            ValueError: a negative time, or one that is not finite.
+            ValueError: a time outside that range.
         """
         return self._sum(difference(a, b), shape, device, dtype)
 
     def normal(
         self, a: float, b: float, shape: Sequence[int], *, device: Any = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """(W(b) - W(a)) / sqrt(|b - a|), standard normal; arguments as of increment, a and b different."""
-        length = abs(check.number("b", b, 0.0) - check.number("a", a, 0.0))
-        if length == 0.0:
+        """(W(b) - W(a)) / sqrt(|b - a|), standard normal; arguments as of increment, a and b different.
+
+        It is W(b) - W(a) over its own standard deviation, as W is linear inside the finest intervals. Increments inside
+        one of these, of relative lengths below 2^-24, are the same normals.
+        """
+        found = difference(a, b)
+        std = math.hypot(*found.values())
+        if std == 0.0:
             raise ValueError(f"b: expected another time than a, got {b} and {a}")
-        weights = {node: c / math.sqrt(length) for node, c in difference(a, b).items()}
-        return self._sum(weights, shape, device, dtype)
+        return self._sum({node: c / std for node, c in found.items()}, shape, device, dtype)
 
     def steps(
         self, clock: Sequence[float], shape: Sequence[int], *, device: Any = None, dtype: torch.dtype | None = None
@@ -88,7 +94,7 @@ class BrownianNoise:
         """The noise of step k from clock[k] to clock[k + 1], as `step_noise=` takes it; fresh noise to an infinite one.
 
         Args:
-            clock: times >= 0, one more than there are steps, each another than the one before.
+            clock: times as of increment, one more than there are steps, each another than the one before.
             others: as of increment.
         """
 
@@ -123,8 +129,8 @@ class BrownianNoise:
 
 
 def weights_of(tau: float) -> dict[int, float]:
-    """W(tau) as a sum: node -> weight of its normals. ValueError: tau < 0, or not finite."""
-    u = check.number("tau", tau, 0.0)
+    """W(tau) as a sum: node -> weight of its normals. ValueError: tau < 0, or > 2^50."""
+    u = check.number("tau", tau, 0.0, LONGEST)
     u = u / (1.0 + u)
     left, right = 0.0, 1.0
     at_left: dict[int, float] = {}  # W(l), W(r) as sums

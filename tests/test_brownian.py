@@ -16,7 +16,7 @@ from genkern import paths
 from genkern.brownian import difference, mix64, weights_of
 from genkern.noise import Noise, as_int64
 from genkern.reference.noise import _mix64
-from genkern.samplers import DPMSolverSDE, EulerAncestral, OnPath
+from genkern.samplers import DPMSolverSDE, EDMHeun, EulerAncestral, OnPath
 
 F64 = torch.float64
 TIMES = [0.0, 1e-9, 4e-5, 3e-4, 0.01, 0.2, 0.5, 1.0, 1.0 + 1e-3, 3.7, 60.0, 9999.0]
@@ -59,6 +59,14 @@ def test_increments_add_up():
 def test_folding_of_the_stream_is_the_keys():
     for x in (0, 1, 77, 0x0123456789ABCDEF, (1 << 64) - 1):
         assert as_int64(mix64(x)) == int(_mix64(torch.tensor(as_int64(x))))
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-7, 1e-8, 1e-12])
+def test_normals_have_variance_one_however_close_the_times(gap, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(gk.BrownianNoise, "_sum", lambda self, weights, *others: seen.update(weights))
+    gk.BrownianNoise(1).normal(1.7, 1.7 * (1 + gap), (2,))
+    assert product(seen, seen) == pytest.approx(1.0, rel=1e-12)
 
 
 # The path, drawn
@@ -182,10 +190,18 @@ def test_the_step_to_clean_data_takes_noise_of_its_own():
     torch.testing.assert_close(first - plain, 0.1 * z, rtol=0, atol=1e-5 * float(plain.abs().max() + 1))
 
 
+def test_churn_along_a_path_is_refused():
+    options = {"noise": torch.zeros(3, 2), "timesteps": [500, 200], "step_noise": gk.BrownianNoise(1)}
+    with pytest.raises(ValueError, match="step_noise: expected no BrownianNoise with s_churn > 0"):
+        gk.Diffusion().sample(lambda x, t: x, sampler=EDMHeun(s_churn=1.0), **options)
+    gk.Diffusion().sample(lambda x, t: x, sampler=EDMHeun(), **options)
+
+
 @pytest.mark.parametrize("make, error, words", [
     (lambda: gk.BrownianNoise(-1), ValueError, "seed: expected an integer from 0"),
     (lambda: gk.BrownianNoise(Noise(torch.tensor([1]))), TypeError, "noise: expected a seed and a stream on the host"),
-    (lambda: gk.BrownianNoise(1).increment(-1.0, 2.0, (2,)), ValueError, "tau: expected a finite number >= 0"),
+    (lambda: gk.BrownianNoise(1).increment(-1.0, 2.0, (2,)), ValueError, "tau: expected a number from 0 to"),
+    (lambda: gk.BrownianNoise(1).increment(0.0, 1e17, (2,)), ValueError, "tau: expected a number from 0 to"),
     (lambda: gk.BrownianNoise(1).normal(2.0, 2.0, (2,)), ValueError, "b: expected another time than a, got 2.0"),
 ])  # fmt: skip
 def test_bad_argument_is_named(make, error, words):

@@ -218,6 +218,8 @@ def test_model_that_returns_another_shape_is_named():
     ({"schedule": "cosine"}, ValueError, "schedule: expected one of 'linear', 'scaled_linear', 'sigmoid'"),
     ({"timesteps": 0}, ValueError, "timesteps: expected an integer >= 1, got 0"),
     ({"prediction": "velocity"}, ValueError, "prediction: expected one of .*, 'score', got 'velocity'"),
+    ({"betas": [0.1], "beta_start": 0.5}, ValueError, "beta_start, beta_end: expected None beside betas"),
+    ({"alphas_cumprod": [0.9], "beta_end": 0.5}, ValueError, "beta_start, beta_end: expected None beside betas"),
     ({"betas": [0.1], "alphas_cumprod": [0.9]}, ValueError, "betas: expected None beside alphas_cumprod"),
     ({"alphas_cumprod": [0.1, 0.9]}, ValueError, "alphas_cumprod: expected a decreasing sequence"),
 ])  # fmt: skip

@@ -102,10 +102,11 @@ def test_weights_are_finite_at_the_ends_of_a_path_where_their_limits_are(weighti
 def test_squared_errors_of_data_and_prediction_have_the_stated_ratio():
     alpha, sigma = 0.6, 0.8
     y, e, dy = 0.3, -0.7, 1e-3
-    de = -alpha / sigma * dy
-    for prediction, m in (("epsilon", de), ("sample", dy), ("v", alpha * de - sigma * dy)):
+    x_t = alpha * y + sigma * e
+    of = {"epsilon": lambda y, e: e, "sample": lambda y, e: y, "v": lambda y, e: alpha * e - sigma * y}
+    for prediction, target in of.items():
+        m = target(y + dy, (x_t - alpha * (y + dy)) / sigma) - target(y, e)
         assert dy**2 / m**2 == pytest.approx(over_k(alpha, sigma, prediction), rel=1e-9)
-    assert y + e  # any point of the path
 
 
 def test_weighting_and_weight_multiply():
@@ -262,13 +263,48 @@ def test_a_rare_timestep_is_drawn_as_often_as_its_probability_says():
     assert float((sampler.draw(grid)[0] == 1).sum()) * 2.0**-32 == pytest.approx(p, rel=1e-3)
 
 
-def test_a_loss_without_gradients_leaves_the_history_as_it_is():
-    diffusion, sampler = gk.Diffusion(timesteps=4, schedule="squared_cosine"), LossSecondMoment(4, history=1)
+def test_timesteps_of_importance_are_drawn_more_finely_than_float32_is():
+    """Between two float32 numbers, 2^-24 apart above 1/2, the draws are uniform too: the moments of their places."""
+    u = LossSecondMoment(4).uniforms(Noise(7), 40_000, torch.device("cpu"), torch.float32)
+    assert ((u > 0) & (u < 1)).all()
+    assert float(u.mean()) == pytest.approx(0.5, abs=4 / math.sqrt(12 * len(u)))
+    place = (u[u > 0.5] * 2.0**24).frac()
+    error = 4 / math.sqrt(len(place))
+    assert float(place.mean()) == pytest.approx(1 / 2, abs=error / math.sqrt(12))
+    assert float(place.var()) == pytest.approx(1 / 12, abs=error / math.sqrt(180))
+
+
+def test_importance_leaves_the_loss_its_dtype():
+    diffusion = gk.Diffusion("squared_cosine", 4)
+    loss = diffusion.loss(lambda x, t: x, torch.randn(SHAPE), times=LossSecondMoment(4))
+    assert loss.dtype == torch.float32
+
+
+def test_a_loss_without_gradients_leaves_the_history():
+    diffusion, sampler = gk.Diffusion("squared_cosine", 4), LossSecondMoment(4)
     with torch.no_grad():
-        found = diffusion.loss(lambda x, t: x, torch.zeros(SHAPE), times=sampler, noise=Noise(1))
-    assert found.dtype == torch.float32 and int(sampler.counts.sum()) == 0
-    diffusion.loss(lambda x, t: x, torch.zeros(SHAPE), times=sampler, noise=Noise(1))
-    assert int(sampler.counts.sum()) == SHAPE[0]
+        diffusion.loss(lambda x, t: x, torch.randn(SHAPE), times=sampler)
+    assert not sampler.counts.any()
+    diffusion.loss(lambda x, t: x, torch.randn(SHAPE), times=sampler)
+    assert sampler.counts.sum() == SHAPE[0]
+
+
+def test_gamma_of_the_host_is_copied_once_and_known_by_its_numbers():
+    diffusion, model, gamma = gk.Diffusion("squared_cosine", 4), lambda x, t: 0.5 * x, np.array([1.0, 2.0, 3.0, 4.0])
+    x, tables = torch.randn(SHAPE), diffusion._gammas
+
+    def loss(given):
+        return diffusion.loss(model, x, t=2, noise=Noise(1), weighting=given)
+
+    first = loss(gamma)
+    (kept,) = tables.values()
+    assert loss(gamma.tolist()) == first
+    assert [id(v) for v in tables.values()] == [id(kept)]
+    gamma *= 2.0
+    torch.testing.assert_close(loss(gamma), 2.0 * first)
+    for k in range(30):
+        loss(gamma + k)
+    assert len(tables) < 12
 
 
 # Added noise

@@ -12,7 +12,7 @@ from torch import nn
 
 import genkern as gk
 from genkern.noise import Noise, Purpose
-from genkern.samplers import DDIM
+from genkern.samplers import DDIM, DDPM
 
 F64 = torch.float64
 SHAPE = (4, 2, 5)
@@ -149,6 +149,91 @@ def test_other_samplers_take_the_prediction_alone():
     torch.testing.assert_close(encoded, of["fixed_small"].encode(first_half, x, steps=4))
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_ddpm_of_the_callers_own_has_its_own_variance(variance):
+    of = diffusions()
+    learned = of["learned_range"].sample(constant(0.0), SHAPE, steps=4, sampler=DDPM(variance=variance), seed=2)
+    torch.testing.assert_close(learned, of[variance].sample(first_half, SHAPE, steps=4, sampler="ddpm", seed=2))
+
+
+def test_the_objective_has_the_gradient_of_the_prediction_too():
+    diffusion, model, z = diffusions()["learned_range"], Doubled(), torch.randn(SHAPE, dtype=F64)
+    x = torch.randn(SHAPE, dtype=F64)
+    found = diffusion.vlb(model, x, noise=z, differentiable=True).total.sum()
+    slopes = torch.autograd.grad(found, list(model.parameters()))
+    for weight, slope in zip(model.parameters(), slopes, strict=True):
+        step = torch.zeros_like(weight)
+        step.view(-1)[0] = 1e-5
+        ends = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                weight += sign * step
+                ends.append(float(diffusion.vlb(model, x, noise=z).total.sum()))
+                weight -= sign * step
+        assert float(slope.view(-1)[0]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [torch.tensor([0.0, 2.0, 0.5, 1.0]), 3.0, lambda t: 1.0 + t])
+def test_a_weight_is_of_the_whole_loss_of_a_sample(weight):
+    diffusion, model, t = diffusions()["learned_range"], Doubled(), torch.tensor([0, 3, 7, 1])
+    x, options = torch.randn(SHAPE, dtype=F64), {"t": t, "noise": Noise(3), "weighting": "min_snr", "reduction": "none"}
+    plain = diffusion.loss(model, x, **options)
+    factor = weight(t) if callable(weight) else weight
+    torch.testing.assert_close(diffusion.loss(model, x, weight=weight, **options), factor * plain)
+
+
+def test_a_step_without_noise_has_none_where_alpha_0_is_alpha_1():
+    """diffusers' set_alpha_to_one=False: beta of the step below t = 0 is 0."""
+    a = gk.Diffusion("squared_cosine", 8).alphas_cumprod
+    small, learned = (
+        gk.Diffusion(alphas_cumprod=a, final_alphas_cumprod=a[0], variance=v) for v in ("fixed_small", "learned_range")
+    )
+    options = {"timesteps": [7, 3, 0], "sampler": "ddpm", "seed": 2}
+    torch.testing.assert_close(
+        learned.sample(constant(-1.0), SHAPE, **options), small.sample(first_half, SHAPE, **options)
+    )
+    # At t = 0 the variance lies between beta~ of t = 1 and that of the step to clean data, as with alpha_0 = 1.
+    x, t, model = torch.randn(SHAPE, dtype=F64), torch.zeros(4, dtype=torch.int64), Doubled()
+    one, other = (d.loss(model, x, t=t, noise=Noise(3)) for d in (learned, diffusions()["learned_range"]))
+    torch.testing.assert_close(one, other)
+    other.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert learned.vlb(model, x, noise=Noise(3)).steps.isfinite().all()
+
+
+def test_captured_a_learned_variance_runs_as_it_is_with_one_warning(captures):
+    diffusion, model = diffusions()["learned_range"], Doubled()
+    options = {"steps": 6, "sampler": "ddpm", "seed": 2, "dtype": F64}
+    wanted = diffusion.sample(model, SHAPE, **options)
+    loop = gk.Loop(diffusion, model)
+    with pytest.warns(UserWarning, match="Doubled runs uncaptured: the noise of a learned variance") as found:
+        for _ in range(3):
+            assert torch.equal(loop.sample(SHAPE, **options), wanted)
+    assert len(found) == 1
+    assert "learned variance" in loop.refusal
+
+
+def test_captured_other_samplers_keep_their_capture(captures):
+    diffusion, model = diffusions()["learned_range"], Doubled()
+    loop = gk.Loop(diffusion, model)
+    for graph in (loop, True):
+        made = None
+        for seed in range(3):
+            options = {"steps": 4, "seed": seed, "dtype": F64}
+            wanted = diffusion.sample(model, SHAPE, **options)
+            assert torch.equal(diffusion.sample(model, SHAPE, cuda_graph=graph, **options), wanted)
+            made = made or [len(capture.graphs) for capture in captures]
+            assert [len(capture.graphs) for capture in captures] == made
+    assert loop.captured == 1
+
+
+def test_a_capture_of_the_prediction_is_not_that_of_the_whole_network(captures):
+    model = Doubled()
+    diffusions()["learned_range"].sample(model, SHAPE, steps=4, seed=1, dtype=F64, cuda_graph=True)
+    with pytest.raises(ValueError, match="model: expected output of shape"):
+        diffusions()["fixed_small"].sample(model, SHAPE, steps=4, seed=1, dtype=F64, cuda_graph=True)
+
+
 def test_a_learned_variance_is_that_of_data_to_start_from_too():
     diffusion, x = diffusions()["learned_range"], torch.randn(SHAPE)
     one, other = (
@@ -214,8 +299,23 @@ def ddpm(**options):
     (lambda: diffusions()["learned_range"].vlb(constant(0.0), torch.zeros(SHAPE), eta=0.5), "posterior_std, eta, sig"),
     (lambda: ddpm(guidance_scale=2.0, cond={}, uncond={}, guidance_interval=(1, 3)), "guidance_interval: expected"),
     (lambda: ddpm(guidance_scale=[2.0, 1.0], cond=[{}, {}], uncond={}), "cond: expected one condition with a learned"),
+    (lambda: ddpm(step_noise=torch.zeros(2, *SHAPE), steps=4), r"step_noise: expected shape \(4, 4, 2, 5\), \[steps"),
+    (lambda: ddpm(step_noise=lambda k: torch.zeros(2), steps=4), r"step_noise: expected shape \(4, 2, 5\) of step 0"),
+    (lambda: ddpm(noise=torch.tensor(1.0), batch_size=2), "initial state: expected dimension 0 to be the batch"),
+    (lambda: ddpm(init=torch.zeros(4, 2, 6), strength=0.5), r"init: expected shape \(4, 2, 5\)"),
     (lambda: ddpm(guide=lambda x, t, y: x.sum()), "guide: expected None with a learned variance"),
 ])  # fmt: skip
 def test_unsupported_combination_is_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"step_noise": 3}, "step_noise: expected a tensor or a callable, got int"),
+    ({"step_noise": lambda k: None}, None),
+    ({"batch_size": "a"}, "batch_size: expected an integer"),
+    ({"generator": 3}, "generator: expected a torch.Generator, got int"),
+])  # fmt: skip
+def test_argument_of_another_type_is_named_before_it_is_used(options, words):
+    with pytest.raises(ValueError if words is None else TypeError, match=words or "step_noise: expected shape"):
+        ddpm(steps=4, **options)

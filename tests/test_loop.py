@@ -66,6 +66,15 @@ def test_every_sampler_of_diffusion_is_captured(name, prediction, steps, capture
     same(method.encode(model, x, steps=3, cuda_graph=loop), method.encode(model, x, steps=3))
 
 
+def test_the_churn_of_a_given_start_is_captured(captures):
+    method, options, x = gk.Diffusion(), SAMPLERS["churn"], torch.randn(SHAPE)
+    plain = method.sample(rotating, noise=x, **(options | {"sampler": "heun"}))
+    for seed in range(2):
+        wanted = method.sample(rotating, noise=x, seed=seed, **options)
+        assert not torch.equal(wanted, plain)
+        same(method.sample(rotating, noise=x, seed=seed, **options, cuda_graph=True), wanted)
+
+
 @pytest.mark.parametrize("path", ["kernel", "reference"], indirect=True)
 def test_both_paths_are_captured(path, captures):
     for name in ("ddim", "rectified", "unipc", "sde"):

@@ -457,6 +457,7 @@ def test_nothing_in_the_loop_waits_for_the_device(family, guided):
 
 METHODS = {
     "diffusion": (gk.Diffusion(), lambda method, *batch: method.loss(*batch, noise=Noise(0))),
+    "gamma": (gk.Diffusion(), lambda method, *b: method.loss(*b, noise=Noise(0), weighting=[0.5] * 1000)),
     "flow": (gk.FlowMatching(), lambda method, *batch: method.loss(*batch, noise=Noise(0))),
     "coupled": (gk.RectifiedFlow(), lambda method, model, x: method.loss(model, x, x, noise=Noise(0))),
     "teacher": (gk.Consistency(), lambda method, *batch: method.teacher_loss(*batch, noise=Noise(0))),

@@ -245,3 +245,9 @@ def test_gamma_is_refused_where_it_is_infinite():
         gk.Diffusion("squared_cosine", 8, "v", rescale_zero_snr=True).gamma()
     with pytest.raises(ValueError, match=r"gamma: expected shape \(8,\)"):
         gk.Diffusion("squared_cosine", 8).l_gamma(lambda x, t: x, X, [1.0])
+
+
+@pytest.mark.parametrize("step, name", [("posterior_step", "x_t"), ("forward_step", "x_s")])
+def test_the_state_of_a_step_is_named_as_its_argument(step, name):
+    with pytest.raises(TypeError, match=f"{name}: expected "):
+        getattr(gk.Diffusion("squared_cosine", 8), step)(torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 1), 3)

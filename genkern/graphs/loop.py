@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers import loop
+from ..samplers import loop, network
 from ..samplers.table import Stage
 from .beside import beside
 from .capture import Capture, Uncapturable, capture_on
@@ -47,8 +47,8 @@ class Loop:
     than its steps: statistics that a module keeps in train mode move on.
 
     A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
-    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide. One warning says so, and
-    `refusal` why.
+    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide, or with the noise of a
+    learned variance. One warning says so, and `refusal` why.
 
     A Loop is not shared between threads.
 
@@ -132,8 +132,9 @@ class Captures:
         """As samplers.loop.walk, captured where that can be."""
         if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("cuda_graph: expected False while the current stream is being captured")
-        if task.guide is not None:
-            self._report("a guide takes a gradient after every network call, which is not captured", task.model)
+        apart = _uncaptured(task)
+        if apart is not None:
+            self._report(apart, task.model)
             return loop.walk(task, part, tick)
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -149,7 +150,7 @@ class Captures:
                 except Uncapturable as reason:
                     entry.plan, entry.refusal = None, str(reason)
             if entry.watch is None:
-                entry.watch = Watch(task.model)
+                entry.watch = Watch(network.inner(task.model))
             self._report(entry.refusal, task.model)
         finally:
             self._running.release()
@@ -170,7 +171,7 @@ class Captures:
         entry = next((entry for entry in self._entries if entry.serves(kind, task.stages)), None)
         if entry is not None:
             self._entries.remove(entry)
-        if entry is None or entry.watch is None or not entry.watch.holds(task.model):
+        if entry is None or entry.watch is None or not entry.watch.holds(network.inner(task.model)):
             self._dropped(entry)
             entry = _Entry(kind, task.stages)
         self._entries.append(entry)
@@ -197,6 +198,7 @@ class Captures:
         cause = reason.partition("(")[0]  # without what an error says of this one call
         if cause not in self._warned:
             self._warned.add(cause)
+            model = network.inner(model)
             self._warn(f"cuda_graph: {getattr(model, '__name__', type(model).__name__)} runs uncaptured: {reason}")
 
     @staticmethod
@@ -208,6 +210,15 @@ class Captures:
         warnings.warn(text, stacklevel=depth)
 
 
+def _uncaptured(task: loop.Run) -> str | None:
+    """Why a loop is not captured, whatever its network is."""
+    if task.guide is not None:
+        return "a guide takes a gradient after every network call, which is not captured"
+    if getattr(task.step_noise, "follows_network", False):
+        return "the noise of a learned variance is formed from each network call, which is not captured"
+    return None
+
+
 def captures_of(cuda_graph: Any, model: Any) -> Captures:
     """The captures that the option names: those of a Loop, or those beside the model.
 
@@ -215,6 +226,7 @@ def captures_of(cuda_graph: Any, model: Any) -> Captures:
         TypeError: neither True nor a Loop; a model that nothing can be kept beside.
         ValueError: another model's Loop.
     """
+    model = network.inner(model)
     if isinstance(cuda_graph, Loop):
         if cuda_graph.model is not model and cuda_graph.model != model:
             raise ValueError("cuda_graph: expected a Loop of this model, got another model's")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..noise import Noise
 from ..rows import W
-from ..samplers import loop
+from ..samplers import loop, network
 from ..samplers.callback import STOP, observe
 from ..samplers.editing import Blend, Inpaint
 from ..samplers.guidance import Outputs
@@ -45,6 +45,7 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
         task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
         conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
+        isinstance(task.model, network.Wrapped),
     )  # fmt: skip
 
 

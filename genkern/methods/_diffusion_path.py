@@ -24,6 +24,8 @@ def path_of(
     if betas is not None and alphas_cumprod is not None:
         raise ValueError("betas: expected None beside alphas_cumprod")
     given = betas is not None or alphas_cumprod is not None
+    if given and (beta_start is not None or beta_end is not None):
+        raise ValueError("beta_start, beta_end: expected None beside betas or alphas_cumprod")
     if not given and (isinstance(schedule, paths.ContinuousVP) or schedule in CONTINUOUS):
         if rescale_zero_snr or final_alphas_cumprod != 1.0:
             raise ValueError("rescale_zero_snr, final_alphas_cumprod: expected a schedule of discrete time")

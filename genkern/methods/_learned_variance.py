@@ -16,10 +16,11 @@ The exponential is torch's: what a row of the kernel adds is a noise that was fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,23 +31,20 @@ from ..fused import apply_row
 from ..kept import constant, kept
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from ..samplers import DDPM, network
+from ..samplers import loop, network
 from ..samplers.nonmarkovian import backward, ddpm_std
 from ..samplers.table import Stage
 
 LAMBDA = 1e-3
 
 
-class Halved:
+class Halved(network.Wrapped):
     """A network of doubled channels as one of the prediction alone. Of its last call it keeps the input x, the
     prediction m and the second half v."""
 
     x: Tensor
     m: Tensor
     v: Tensor
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         out = self.model(x, t, **cond)
@@ -63,9 +61,11 @@ class Halved:
 
 
 def ranges(path: paths.DiscreteVP, t: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log beta~ and log beta of steps from t to s, float64; of the step to clean data beta~ of t = 1, or beta."""
+    """log beta~ and log beta of steps from t to s, float64; of the step to clean data beta~ of t = 1, or beta. A step
+    whose beta is 0, to an alpha_0 that is alpha_1, is taken for that to clean data."""
     alpha_t, sigma_t, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
     small, large = ddpm_std(alpha_t, sigma_t, alpha_s, sigma_s) ** 2, 1.0 - (alpha_t / alpha_s) ** 2
+    large = np.where(large > 0.0, large, sigma_t**2)
     first = path.posterior_variance(np.array([1]))[0] if path.timesteps > 1 else large
     small = np.where(small > 0.0, small, first)
     return np.log(small), np.log(large)
@@ -96,14 +96,17 @@ class Range:
         found: Tensor = kept(self._tables, (torch.device(device), dtype), make)
         return found
 
-    def terms(self, halved: Halved, x: Tensor, t: Tensor) -> Tensor:
-        """KL at times t, at t = 0 -log N(x; f, e^{l_p}), in nats, elementwise, of the network's last call. The gradient
-        is that of v alone.  [B, ...]."""
+    def terms(self, halved: Halved, x: Tensor, t: Tensor, *, hold: bool) -> Tensor:
+        """KL at times t, at t = 0 -log N(x; f, e^{l_p}), in nats, elementwise, of the network's last call.  [B, ...].
+
+        Args:
+            hold: the predicted data f and x are held fixed: the gradient is that of v alone.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         table = self._on(x.device, dtype).index_select(1, t)
         a, b = table[3:].unbind()
-        with torch.no_grad():
-            x_t, m, data = (of.detach().to(dtype) for of in (halved.x, halved.m, x))
+        with torch.no_grad() if hold else contextlib.nullcontext():
+            x_t, m, data = ((of.detach() if hold else of).to(dtype) for of in (halved.x, halved.m, x))
             (error,) = apply_row(Row((Out(x=a, m=b, h=(-1.0,)),)), x=x_t, m=m, h=(data,))
         wide = (slice(None), *[None] * (x.ndim - 1))
         c, low, high = (of[wide] for of in table[:3].unbind())
@@ -115,7 +118,7 @@ class Range:
 
     def hybrid(self, halved: Halved, x: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
         """lambda T L_t of every sample, [B], of the network's last call."""
-        each = self.terms(halved, x, t).flatten(1)
+        each = self.terms(halved, x, t, hold=True).flatten(1)
         if mask is None:
             mean = each.mean(dim=1)
         else:
@@ -140,24 +143,30 @@ class Learned:
     low: list[float]
     high: list[float]
     guided: bool
+    follows_network: ClassVar[bool] = True  # so that the loop is not captured: graphs/loop.py
 
     def __call__(self, k: int) -> Tensor:
         z = self.z(k)
-        if math.isnan(self.low[k]):
-            return z
-        v = (self.halved.v.chunk(2)[1] if self.guided else self.halved.v).to(z.device, z.dtype)
+        v = self.halved.v.chunk(2)[1] if self.guided else self.halved.v
+        if math.isnan(self.low[k]) or not isinstance(z, Tensor) or z.shape != v.shape:
+            return z  # of another shape: the loop refuses it
+        v = v.to(z.device, z.dtype)
         low, high = 0.5 * self.low[k], 0.5 * self.high[k]
         return (v * (0.5 * (high - low)) + 0.5 * (high + low)).exp() * z
 
 
 def sampling(
-    model: Any, sampler: Any, stages: Sequence[Stage], path: paths.DiscreteVP, grid: np.ndarray, shape: Any,
-    options: dict[str, Any],
+    model: Any, stages: Sequence[Stage], path: paths.DiscreteVP, grid: np.ndarray, shape: Any, options: dict[str, Any],
+    *, learned: bool,
 ) -> tuple[Halved, Sequence[Stage], dict[str, Any]]:  # fmt: skip
-    """What the loop runs in place of a model of doubled channels: of DDPM with the learned variance, of others without.
+    """What the loop runs in place of a model of doubled channels.
+
+    Args:
+        learned: with the learned variance, the stages being DDPM's; else the prediction alone is used.
 
     Raises:
-        ValueError: with DDPM, a batch_size that splits the batch, or guidance that changes how often a sample is seen.
+        ValueError, TypeError: with it, a batch_size that splits the batch, guidance that changes how often a sample is
+            seen, or what the loop refuses.
     """
     halved, dtype = Halved(model), options.get("dtype", torch.float32)
     options = dict(options)
@@ -167,18 +176,22 @@ def sampling(
     if options.get("device") is None:
         options["device"] = network.device_of(model) if start is None else start.device
     size = shape if start is None else tuple(start.shape)
-    if not isinstance(sampler, DDPM) or size is None:
+    if not learned or size is None:
         return halved, stages, options
+    size = loop.size_of(shape, start, "init" if start is options.get("init") else "initial state")
+    loop.check_step_noise(options.get("step_noise"), len(grid) - 1, size)
+    source = options.get("noise") if isinstance(options.get("noise"), Noise) else None
+    loop.check_source(options.get("seed"), source, options.get("generator"))
     for name in ("guidance_interval", "guide"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: expected None with a learned variance, got {options[name]}")
     if isinstance(options.get("cond"), (list, tuple)):
         raise ValueError(f"cond: expected one condition with a learned variance, got {len(options['cond'])}")
     batch_size = options.get("batch_size")
-    if batch_size is not None and batch_size < size[0]:
+    if batch_size is not None and check.integer("batch_size", batch_size, 1) < size[0]:
         raise ValueError(f"batch_size: expected None, or the whole batch, with a learned variance, got {batch_size}")
     low, high = ranges(path, grid[:-1], grid[1:])
-    plain = np.array([path.sigma(s) == 0.0 for s in grid[1:].tolist()])
+    plain = (path.sigma(grid[1:]) == 0.0) | (path.alpha(grid[:-1]) == path.alpha(grid[1:]))  # no noise to form
     low = np.where(plain, np.nan, low)
     given = options.get("step_noise")
     if given is None:

@@ -214,10 +214,11 @@ class Batch:
             factor: of the samples' losses, beside the caller's weight.  [B].
             importance: weights of how the times were drawn.  [B].
             record: given the times and the losses without those weights.
-            added: to the samples' weighted losses.  [B].
+            added: to the samples' losses, under the caller's weight alone.  [B].
         """
         options = self._options
         weight, reduction = self._weight(times, default), options.get("reduction", "mean")
+        own = [of for of in (weight, self._times_weight) if of is not None]
         if factor is not None:
             weight = factor if weight is None else factor * check.coefficient("weight", weight, m)
         if self._times_weight is not None:
@@ -231,7 +232,9 @@ class Batch:
         if importance is None and added is None:
             return found
         if added is not None:
-            found = found + added
+            for of in own:
+                added = added * check.coefficient("weight", of, m)
+            found = found + added.to(found.dtype)
         if record is not None:
             record(times, found.detach())
         if importance is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import check, paths, steps
 from ..brownian import BrownianNoise
-from ..samplers import DDIMInversion, OnPath, editing, loop, network
+from ..samplers import DDIMInversion, EDMHeun, OnPath, editing, loop, network
 from ..samplers.ddpm import VARIANCES
 from ..samplers.table import Sampler, stages_of
 from ._diffusion_loss import added, residual_loss
@@ -93,6 +93,7 @@ class Diffusion(Variational):
             rescale_zero_snr,
         )  # fmt: skip
         self.variance, self._range = check.choice("variance", variance, (*VARIANCES, "learned_range")), None
+        self._gammas: dict[Any, Any] = {}  # of weighting=, on their devices
         if variance == "learned_range":
             if not isinstance(self.path, paths.DiscreteVP):
                 raise ValueError("variance: expected a fixed one in continuous time, got 'learned_range'")
@@ -138,7 +139,7 @@ class Diffusion(Variational):
                 normal [B, C, 1, 1]).
             input_perturbation: added to the noise in the input alone; broadcastable to x (customarily 0.1 times normal
                 [B, ...]).
-            options: LossOptions; their weight multiplies the weighting.
+            options: LossOptions; their weight multiplies the weighting, and the objective of a learned variance.
 
         Returns:
             The loss, float32: mean over a sample's elements, then over the batch of weight times that.
@@ -176,7 +177,7 @@ class Diffusion(Variational):
             alpha, sigma = self._table.on(batch.device, batch.coef_dtype).index_select(1, t)
         else:
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        factor = None if weights is None else on_residual(weights, t, alpha, sigma, self.prediction)
+        factor = None if weights is None else on_residual(weights, t, alpha, sigma, self.prediction, self._gammas)
         recording = importance is not None and chosen.recording and torch.is_grad_enabled()
         record = chosen.update if recording else None
 
@@ -215,7 +216,8 @@ class Diffusion(Variational):
                 with a spacing of timesteps.
             sampler: "ddim", "ddpm" (eta = 1, with the variance of this object), "euler", "euler_ancestral", "heun" (for
                 grids of noise levels), "dpmpp_1", "dpmpp_2m", "dpmpp_3m" (DPM-Solver++), "dpmpp_1_sde",
-                "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own (samplers.DPMSolver and others).
+                "dpmpp_2m_sde", "unipc"; or a Sampler, which has options of its own (samplers.DPMSolver and others;
+                samplers.DDPM: a fixed variance).
             eta: of "ddim" (default 0) and "euler_ancestral" (default 1), >= 0.
             spacing: of timesteps "trailing" (the default), "leading" or "linspace" (grids.timesteps; on a continuous
                 path "uniform", its default); or of the schedule's noise levels sigma / alpha, from the highest to the
@@ -237,7 +239,8 @@ class Diffusion(Variational):
         """
         grid = grid_of(self.path, steps, spacing, timesteps, sigmas)
         chosen = sampler_named(sampler, eta, final_sigma, self.variance)
-        return self._run(model, chosen, grid, shape, round_times, clip=clip, **loop.known(options))
+        learned = self._range is not None and isinstance(sampler, str) and sampler == "ddpm"
+        return self._run(model, chosen, grid, shape, round_times, learned=learned, clip=clip, **loop.known(options))
 
     def encode(
         self,
@@ -293,15 +296,22 @@ class Diffusion(Variational):
         scales = [scale(time) for time in (t, s) for scale in (self.path.alpha, self.path.sigma)]
         return steps.ddim(x_t, model_output, *scales, eta=eta, x_s=x_s, prediction=self.prediction, **options)
 
-    def _run(self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, **options: Any) -> Any:
+    def _run(
+        self, model: Any, sampler: Any, grid: np.ndarray, shape: Any, round_times: bool, *, learned: bool = False,
+        **options: Any,
+    ) -> Any:  # fmt: skip
         round_times = self.discrete and round_times
         along = OnPath(self.path, self.prediction, round_times)
         grid, options = editing.begun(grid, along, options)
         stages = stages_of(sampler, along, grid)
         if isinstance(options.get("step_noise"), BrownianNoise):
+            if isinstance(sampler, EDMHeun) and sampler.s_churn > 0.0:
+                raise ValueError(
+                    "step_noise: expected no BrownianNoise with s_churn > 0, as churn is not along its path"
+                )
             options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
         if self._range is not None:
-            model, stages, options = sampling(model, sampler, stages, self._table, grid, shape, options)
+            model, stages, options = sampling(model, stages, self._table, grid, shape, options, learned=learned)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, along=along, **options)
 

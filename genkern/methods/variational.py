@@ -135,7 +135,7 @@ class Variational:
         row = backward(*scales, std)
         first = np.arange(std.size) == 0
         of_first = Out(y=np.where(first, 1.0, row.y), x=np.where(first, 0.0, row.x), z=std)
-        return self._step(of_first, x_t, x, t, noise)
+        return self._step(of_first, "x_t", x_t, x, t, noise)
 
     def forward_step(
         self, x_s: Tensor, x: Tensor, t: Any, *, posterior_std: Any = None, eta: float = 1.0,
@@ -156,7 +156,7 @@ class Variational:
         alpha_t, sigma_t, alpha_s, sigma_s = self._scales()
         std = self._std(posterior_std, eta, sigma_1)
         alpha_s[0], sigma_s[0] = 1.0, 0.0
-        return self._step(forward(alpha_t, sigma_t, alpha_s, sigma_s, std), x_s, x, t, noise)
+        return self._step(forward(alpha_t, sigma_t, alpha_s, sigma_s, std), "x_s", x_s, x, t, noise)
 
     def vlb(
         self, model: Any, x: Tensor, *, posterior_std: Any = None, eta: float = 1.0, sigma_1: float | None = None,
@@ -260,8 +260,8 @@ class Variational:
         change[0] = 1.0
         return 0.5 * (change / std) ** 2, std
 
-    def _step(self, row: Out, state: Tensor, x: Tensor, t: Any, noise: Noise | Tensor | None) -> Tensor:
-        check.terms([("x_t", state), ("x", x)])
+    def _step(self, row: Out, name: str, state: Tensor, x: Tensor, t: Any, noise: Noise | Tensor | None) -> Tensor:
+        check.terms([(name, state), ("x", x)])
         table = np.stack([row.x, row.y, row.z])
         if isinstance(t, Tensor):
             check.indices("t", t, self._table.timesteps, state.shape[0])
@@ -307,7 +307,7 @@ class Variational:
 
             def squares(m: Tensor, data: Tensor, at: Tensor, **target: Any) -> Tensor:
                 if learned is not None and halved is not None:
-                    return learned.terms(halved, data, at).flatten(1).sum(dim=1)
+                    return learned.terms(halved, data, at, hold=False).flatten(1).sum(dim=1)
                 return part.loss(m, data, at, factor=of.index_select(0, at), **target)  # noqa: B023
 
             alpha, sigma = scales.index_select(1, t)

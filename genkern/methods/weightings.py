@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from .. import check
+from ..kept import kept
 
 WEIGHTINGS = ("uniform", "snr", "min_snr", "soft_min_snr")
+COPIES = 8  # of gamma, that a Diffusion keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +162,28 @@ def gamma_of(name: str, gamma: Any, timesteps: int) -> Tensor:
     return found.detach()
 
 
-def on_residual(weighting: Weighting | Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """The weights on a prediction's residual at times t, where the path's scales are alpha and sigma.  [B] each."""
+def on_residual(
+    weighting: Weighting | Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str, tables: dict[Any, Any]
+) -> Tensor:
+    """The weights on a prediction's residual at times t, where the path's scales are alpha and sigma.  [B] each. tables
+    keeps gamma by device."""
     if not isinstance(weighting, Tensor):
         return weighting.of(alpha, sigma, prediction)
-    gamma = weighting.to(alpha.device, alpha.dtype).index_select(0, t)
+    gamma = _on(weighting, alpha.device, alpha.dtype, tables).index_select(0, t)
     return gamma * SNR().of(alpha, sigma, prediction)
+
+
+def _on(gamma: Tensor, device: torch.device, dtype: torch.dtype, tables: dict[Any, Any]) -> Tensor:
+    """gamma on a device. One of the host, which every loss is given anew, is known again by its numbers: a copy of it
+    from pageable memory waits for the device."""
+    if gamma.device.type != "cpu" or not check._visible(gamma):
+        return gamma.to(device, dtype)
+    if len(tables) > COPIES:
+        tables.clear()
+    key = gamma.double().numpy().tobytes(), device, dtype
+    # A tensor of the caller's own memory may be written by the caller.
+    found: Tensor = kept(tables, key, lambda: torch.empty_like(gamma, dtype=dtype, device=device).copy_(gamma))
+    return found
 
 
 def _positive(gamma: float) -> None:

@@ -240,7 +240,7 @@ def run(
         start, noise = noise, None
     elif noise is not None and not isinstance(noise, Noise):
         raise TypeError(f"noise: expected a Noise or a tensor, got {type(noise).__name__}")
-    size = _shape(shape, start) if init is None else _shape(shape, init, "init")
+    size = size_of(shape, start) if init is None else size_of(shape, init, "init")
     if init is not None or start is None:
         start, start_scale = init, init_scale
     else:
@@ -256,12 +256,7 @@ def run(
         where = start.device if start is not None else network.device_of(model)
     if start is not None:
         start = start.to(where, dtype)
-    if isinstance(step_noise, Tensor):
-        wanted = (stages[-1].step + 1, *size)
-        if step_noise.shape != wanted:
-            raise ValueError(f"step_noise: expected shape {wanted}, [steps, ...], got {tuple(step_noise.shape)}")
-    elif step_noise is not None and not callable(step_noise):
-        raise TypeError(f"step_noise: expected a tensor or a callable, got {type(step_noise).__name__}")
+    check_step_noise(step_noise, stages[-1].step + 1, size)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
     limits = check.clip_range(clip)
@@ -325,6 +320,16 @@ def check_source(seed: int | None, noise: Noise | None, generator: torch.Generat
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
 
+def check_step_noise(step_noise: Any, steps: int, size: tuple[int, ...]) -> None:
+    """ValueError: a tensor of another shape than [steps, *size]. TypeError: neither None, a tensor nor a callable."""
+    if isinstance(step_noise, Tensor):
+        wanted = (steps, *size)
+        if step_noise.shape != wanted:
+            raise ValueError(f"step_noise: expected shape {wanted}, [steps, ...], got {tuple(step_noise.shape)}")
+    elif step_noise is not None and not callable(step_noise):
+        raise TypeError(f"step_noise: expected a tensor or a callable, got {type(step_noise).__name__}")
+
+
 def part_of(task: Run, low: int, high: int) -> Part:
     """Samples low .. high-1 of a run."""
     ids = task.noise.sample_ids
@@ -385,7 +390,8 @@ def given_noise(task: Run, part: Part, stage: Stage) -> Tensor | None:
     return z[part.low : part.high].to(task.device, task.dtype)
 
 
-def _shape(shape: Sequence[int] | None, start: Tensor | None, name: str = "initial state") -> tuple[int, ...]:
+def size_of(shape: Sequence[int] | None, start: Tensor | None, name: str = "initial state") -> tuple[int, ...]:
+    """The state's shape, of a given start where there is one. ValueError, TypeError: they are not what they may be."""
     if start is None:
         if shape is None:
             raise ValueError("shape: expected the state's shape, or an initial state, got None")

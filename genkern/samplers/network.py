@@ -11,6 +11,21 @@ from torch import Tensor
 from .. import check
 
 
+class Wrapped:
+    """A model in another form, made anew by a method for one run; its captures are kept for the model itself.
+
+    model: the caller's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+def inner(model: Any) -> Any:
+    """The caller's model."""
+    return model.model if isinstance(model, Wrapped) else model
+
+
 def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = "model") -> Tensor:
     """model(x, t, **cond), unwrapped from a tuple or from `.sample`.
 
