@@ -311,9 +311,15 @@ def path_loss(
     row = Row((Out(0.0, times(-1.0, x_coef), m_coef, target, times(-1.0, noise_coef)),))
     names = _LOSS if names is _TARGETS and x_name == "x" else (x_name, *_LOSS[1:4], *names)
     shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
-    if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
+    if weight is not None:
+        weight = _coef("weight", weight, model_output)
+    if mask is None and kind != "pseudo_huber" and reduction != "none":
         scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)
-        return reduce_batch(row, scale, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names)
+        if isinstance(weight, float):
+            scale, weight = scale * weight, None
+        return reduce_batch(
+            row, scale, weight=weight, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names
+        )  # fmt: skip
     _, sums = reduce_row(
         row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
     )  # fmt: skip
@@ -326,7 +332,6 @@ def path_loss(
     else:
         loss = total / (count + (count == 0))
     if weight is not None:
-        weight = _coef("weight", weight, model_output)
         loss = loss * (weight if isinstance(weight, float) else _as(weight, loss))
     if reduction == "none":
         return loss

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace genkern {
 namespace {
@@ -99,22 +100,27 @@ void reduce_cpu(const ReduceArgs& args, const Parallel& parallel) {
   const int64_t chunks = chunks_per_sample(walk.n);
   auto* partials = static_cast<double*>(args.workspace);
   if (walk.batch > 0 && walk.n > 0) {
-    ReduceContext context{{&args.map, &walk, args.rho, args.scale, partials}, chosen().load()};
+    ReduceContext context{{&args, &walk, partials}, chosen().load()};
     parallel.run(walk.batch * chunks, grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
       const auto* context = static_cast<const ReduceContext*>(c);
       context->isa->reduce(context->args, begin, end);
     });
   }
+  const auto write = [&](void* to, int64_t at, double number) {
+    if (args.map.f64)
+      static_cast<double*>(to)[at] = number;
+    else
+      static_cast<float*>(to)[at] = static_cast<float>(number);
+  };
+  double total = 0.0;
   for (int64_t b = 0; b < walk.batch; ++b) {
-    for (int which = 0; which < 2; ++which) {
-      double sum = 0.0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partials[2 * (b * chunks + c) + which];
-      if (args.map.f64)
-        static_cast<double*>(args.sums)[2 * b + which] = sum;
-      else
-        static_cast<float*>(args.sums)[2 * b + which] = static_cast<float>(sum);
-    }
+    double sums[2] = {};
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int which = 0; which < 2; ++which) sums[which] += partials[2 * (b * chunks + c) + which];
+    for (int which = 0; args.sums != nullptr && which < 2; ++which) write(args.sums, 2 * b + which, sums[which]);
+    total += weight_of(args.weight, b) * sums[0];
   }
+  if (args.total != nullptr) write(args.total, 0, args.total_scale * total);
 }
 
 }  // namespace genkern

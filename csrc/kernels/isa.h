@@ -12,10 +12,8 @@ constexpr int64_t kChunk = 8192;  // elements a task; the unit of a reduction's 
 static inline int64_t chunks_per_sample(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
 struct ReduceCpu {
-  const MapArgs* map;
+  const ReduceArgs* args;
   const Walk* walk;
-  Rho rho;
-  double scale;
   double* partials;  // [tasks, 2]: sum of rho, unmasked elements
 };
 

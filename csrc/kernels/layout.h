@@ -57,14 +57,17 @@ inline Walk make_walk(const MapArgs& args, bool keep_samples) {
   };
   for (int k = 0; k < kWalkArrays; ++k) walk.batch_stride[k] = merge_batch || k == kIndex ? 0 : stride(k, 0);
 
+  // An output that a reduction does not write has strides all the same.
+  const int64_t* first_out = args.out[0].strides;
+  const auto order_of = [&](int d) { return first_out != nullptr ? first_out[d] : int64_t{0}; };
+
   int order[kMaxDims];
   int ndim = 0;
   for (int d = first; d < args.ndim; ++d)
     if (args.sizes[d] != 1) order[ndim++] = d;
   // Stable insertion sort, the largest stride of the first output first; ties keep C order.
   for (int i = 1; i < ndim; ++i)
-    for (int j = i; j > 0 && stride(kInputs, order[j]) > stride(kInputs, order[j - 1]); --j)
-      std::swap(order[j], order[j - 1]);
+    for (int j = i; j > 0 && order_of(order[j]) > order_of(order[j - 1]); --j) std::swap(order[j], order[j - 1]);
 
   for (int i = 0; i < ndim; ++i) {
     const int d = order[i];

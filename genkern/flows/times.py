@@ -65,7 +65,8 @@ class LogitNormal(Times):
 class UShaped(Times):
     """t = 1/2 + asinh((2u - 1) sinh(a/2)) / a: most often near both ends, where a 2-rectified flow is hard to fit.
 
-    Near 0 that difference has no digits left, so it is taken as asinh of a quotient: for u <= 1/2, with q = (1 - 2u) sinh(a/2),
+    Near 0 that difference has no digits left, so it is taken as asinh of a quotient: for u <= 1/2, with
+    q = (1 - 2u) sinh(a/2),
 
         t = asinh(4 u (1 - u) sinh(a/2) / (sqrt(1 + q^2) + q coth(a/2))) / a;    beyond, 1 less that of 1 - u.
 

@@ -1,5 +1,6 @@
 // Random passes through the CPU kernels and the emulated CUDA kernels: map and the residual of reduce agree bit for
-// bit, sums to 1e-5. Prints "passes N" when all do; says which pass differed and exits with 1 otherwise.
+// bit, sums and the total over the batch to 1e-5. Prints "passes N" when all do; says which pass differed and exits
+// with 1 otherwise.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -77,6 +78,8 @@ struct Pass {
   std::vector<std::vector<double>> values;
   int in_place = -1;  // the input that output 0 is written over
   double scale = 1.0;
+  std::vector<float> weight;  // by sample, of a reduction; may be empty
+  bool unwritten = false;     // a reduction's residual is not wanted
 };
 
 void build(Pass& pass, bool reduce) {
@@ -220,6 +223,9 @@ int check(int number) {
   build(pass, reduce);
   choose_in_place(pass);
   pass.scale = chance(0.5) ? 1.0 : 0.37;
+  pass.unwritten = reduce && pass.in_place < 0 && chance(0.25);
+  if (reduce && chance(0.4))
+    for (int64_t b = 0; b < pass.args.sizes[0]; ++b) pass.weight.push_back(static_cast<float>(pick(0, 40)) / 8.0f);
   MapArgs& args = pass.args;
   constexpr double kGuard = -7.5;  // after the workspace
   bool overrun = false;
@@ -239,11 +245,16 @@ int check(int number) {
       r.rho = number % 2 != 0 ? Rho::square : Rho::absolute;
       std::vector<double> raw(2 * args.sizes[0] + 2),
           workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1, kGuard);
-      r.sums = raw.data(), r.workspace = workspace.data();
+      double total = 0.0;
+      r.total = &total, r.total_scale = 0.25, r.workspace = workspace.data();
+      if (!pass.weight.empty()) r.weight = {pass.weight.data(), DType::f32, 1, 0, 1.0};
+      if (number % 3 != 0) r.sums = raw.data();
+      if (pass.unwritten) r.map.out[0].data = nullptr;
       cuda ? static_cast<void>(reduce_cuda(r, nullptr)) : reduce_cpu(r, kSerial);
       overrun = overrun || workspace.back() != kGuard;
       for (int64_t i = 0; i < 2 * args.sizes[0]; ++i)
         sums.push_back(args.f64 ? raw[i] : reinterpret_cast<const float*>(raw.data())[i]);
+      sums.push_back(args.f64 ? total : reinterpret_cast<const float*>(&total)[0]);
     }
     return outs;
   };
