@@ -15,11 +15,13 @@ const Isa* isa_table(int* count) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true},
-                              {"avx2", avx2::map_tasks, avx2::reduce_tasks, avx2::stat_tasks, avx2::value_tasks, has_avx2},
-                              {"avx512", avx512::map_tasks, avx512::reduce_tasks, avx512::stat_tasks, avx512::value_tasks, has_avx512}};
+  static const Isa table[] = {
+      {"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true},
+      {"avx2", avx2::map_tasks, avx2::reduce_tasks, avx2::stat_tasks, avx2::value_tasks, has_avx2},
+      {"avx512", avx512::map_tasks, avx512::reduce_tasks, avx512::stat_tasks, avx512::value_tasks, has_avx512}};
 #else
-  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true}};
+  static const Isa table[] = {
+      {"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true}};
 #endif
   *count = sizeof table / sizeof table[0];
   return table;

@@ -2,7 +2,8 @@
 //
 // Element i of a sample is its C-order index whatever the strides, and the noise needs that index: it is carried along
 // as one more array, whose strides are the C-order ones. Dimensions are sorted by the first output's strides (the first
-// input's where nothing is written) and merged where every array allows it. A walk that ends with one dimension of stride 1 everywhere is `linear`.
+// input's where nothing is written) and merged where every array allows it. A walk that ends with one dimension of
+// stride 1 everywhere is `linear`.
 #pragma once
 
 #include <algorithm>

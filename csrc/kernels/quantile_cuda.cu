@@ -1,7 +1,8 @@
 // A quantile of |out_0| on CUDA, by radix selection (stat.h): no sample is sorted or written anywhere.
 //
-// A sample of up to kOneBlock elements is one block's, which counts it once a digit: one launch. A longer one is counted
-// by several blocks, into a tally a digit in global memory: a launch a digit and one more, whatever the numbers are.
+// A sample of up to kOneBlock elements is one block's, which counts it once a digit: one launch. A longer one is
+// counted by several blocks, into a tally a digit in global memory: a launch a digit and one more, whatever the numbers
+// are.
 #include "launch_cuda.cuh"
 #include "stat.h"
 
@@ -79,9 +80,8 @@ __device__ __forceinline__ Acc answer(const Bins* bins, Count above, Count prefi
 
 // Counts digits [digit, ...) of this block's part of a sample: one of them into tallies, or all where tallies is null.
 template <typename V>
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(const __grid_constant__ typename V::Pass pass, Place place, int digit, Tally* tallies,
-                 typename V::Acc* out) {
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ typename V::Pass pass, Place place,
+                                                         int digit, Tally* tallies, typename V::Acc* out) {
   using Acc = typename V::Acc;
   __shared__ Shared<Acc> shared;
   __shared__ Block block;

@@ -52,8 +52,7 @@ void stat_typed(const StatCpu& cpu, int64_t begin, int64_t end) {
     if (args.kind == Stat::moments) {
       add_moments(buffers.out, n_out, span.count, sums);
     } else {
-      sums[0] +=
-          error_of(buffers.out, n_out, span.count, static_cast<Acc>(args.atol), static_cast<Acc>(args.rtol));
+      sums[0] += error_of(buffers.out, n_out, span.count, static_cast<Acc>(args.atol), static_cast<Acc>(args.rtol));
     }
   };
   for_each_output<Acc>(args.map, *cpu.walk, begin, end, add);

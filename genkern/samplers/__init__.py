@@ -20,6 +20,7 @@ from .nonmarkovian import NonMarkovian
 from .parameterization import OnPath, Parameterization, Preconditioned
 from .rk4 import RK4
 from .table import Sampler, Stage
+from .threshold import DynamicThreshold
 from .unipc import UniPC
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Along",
     "DPMSolver",
     "DPMSolverSDE",
+    "DynamicThreshold",
     "EDMHeun",
     "Euler",
     "EulerAncestral",
