@@ -33,7 +33,7 @@ from .reference import formula as reference
 from .spec import FIRST_VALUE, M_UNCOND, TABLE, Spec, invoke, unpacked
 
 __all__ = [
-    "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
+    "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
     "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_stat",
 ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def refuse_derivatives(out: Sequence[Tensor], tensors: Sequence[Tensor | None]) 
 
 def refuse_gradient(tensors: Sequence[Tensor | None]) -> None:
     """RuntimeError where a call that has no derivatives would have to be differentiated or transformed."""
-    if _requires_grad(tensors) or (not torch.compiler.is_compiling() and transformed()):
+    if differentiated(tensors):
         raise RuntimeError(
             "row: expected arguments that require no gradient, outside torch.func transforms, as a statistic has no "
             "derivatives; genkern.reference.stat has them"
@@ -84,6 +84,11 @@ def needs_function(tensors: Sequence[Tensor | None]) -> bool:
     if _requires_grad(tensors):
         return True
     return transformed() and any(t is not None for t in tensors)
+
+
+def differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """The same under torch.compile too, which sees no transforms."""
+    return _requires_grad(tensors) if torch.compiler.is_compiling() else needs_function(tensors)
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:

@@ -59,7 +59,7 @@ class Row:
 
     outs: tuple[Out, ...]
     pred: tuple[Coef, Coef] | None = None
-    clip: tuple[float, float] | None = None
+    clip: tuple[Coef, Coef] | None = None
     guidance: Coef | None = None
 
 

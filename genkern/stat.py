@@ -2,12 +2,13 @@
 
     moments    S_j = sum out_j,   P_ij = sum out_i out_j, i <= j
     error      sum (out_0 / (atol + rtol max(|out_1|, |out_2|)))^2
-    quantile   of |out_0|, interpolated linearly: v[k] + (q (n - 1) - k) (v[k + 1] - v[k]), v sorted, k = floor(q (n - 1))
+    quantile   of |out_0|: v[k] + (q (n - 1) - k) (v[k + 1] - v[k]), v sorted, k = floor(q (n - 1))
 
-Of n elements a sample: mean_j = S_j / n, variance_j = P_jj / n - mean_j^2, norm_j = sqrt(P_jj), dot_ij = P_ij. The row's
-outputs are those of fused.apply_row, in the arithmetic's precision; sums are float64, of products in float64, and depend
-on a sample and its strides alone: they have the same bits in every run and in every batch. A quantile is an exact order
-statistic, found by counting, of samples of any size; nothing waits for the device, and a CUDA graph may capture it.
+Of n elements a sample: mean_j = S_j / n, variance_j = P_jj / n - mean_j^2, norm_j = sqrt(P_jj), dot_ij = P_ij. The
+outputs are those of fused.apply_row, in the arithmetic's precision; sums are float64, of products in float64, and
+depend on a sample and its strides alone: they have the same bits in every run and in every batch. A quantile is an
+exact order statistic, found by counting, of samples of any size. Nothing waits for the device, and a CUDA graph may
+capture it.
 """
 
 from __future__ import annotations

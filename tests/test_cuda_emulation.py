@@ -56,7 +56,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for isa, flags in ISA_FLAGS.items() if source.exists() else ():
             target = build / f"{kernel}_{isa}.o"
             jobs.append([*FLAGS, *flags, f"-DGENKERN_ISA={isa}", "-c", str(source), "-o", str(target)])
-    jobs += [[*FLAGS, "-c", str(source), "-o", str(build / f"{source.stem}.o")] for source in KERNELS.glob("*dispatch.cpp")]
+    jobs += [
+        [*FLAGS, "-c", str(source), "-o", str(build / f"{source.stem}.o")] for source in KERNELS.glob("*dispatch.cpp")
+    ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: subprocess.run(["g++", *job], check=True), jobs))
         links = [[*FLAGS, str(EMULATION / f"{name}.cpp"), *map(str, build.glob("*.o"))] for name in PROGRAMS]

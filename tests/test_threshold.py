@@ -1,5 +1,5 @@
-"""Dynamic thresholding: against the paper's formula in float64, in every sampler that predicts data, captured, split and
-differentiated; and how many passes it and guidance take."""
+"""Dynamic thresholding: against the paper's formula in float64, in every sampler that predicts data, captured, split
+and differentiated; and how many passes it and guidance take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import genkern as gk
-from genkern.samplers import DDPM, EDMHeun
+from genkern.samplers import DDPM
 
 F64 = torch.float64
 SAMPLERS = {
@@ -21,6 +21,7 @@ SAMPLERS = {
     "fixed large": {"sampler": DDPM(variance="fixed_large")}, "eta": {"sampler": "ddim", "eta": 0.5},
 }  # fmt: skip
 THRESHOLDS = [gk.DynamicThreshold(), gk.DynamicThreshold(0.8, 1.7), gk.DynamicThreshold(0.5, 1.0)]
+PREDICTIONS = [*zip(("epsilon", "v", "sample"), THRESHOLDS, strict=True), ("score", THRESHOLDS[1])]
 GUIDED = {"cond": CONDS[0], "uncond": NULL, "guidance_scale": torch.tensor([0.0, 1.0, 4.0, 7.5, -1.0])}
 FORMS = {
     "alone": {}, "guided": GUIDED, "one scale": {**GUIDED, "guidance_scale": 3.0},
@@ -57,8 +58,7 @@ def options_of(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "score"])
-@pytest.mark.parametrize("threshold", THRESHOLDS, ids=str)
+@pytest.mark.parametrize("prediction, threshold", PREDICTIONS)
 def test_it_is_the_papers_formula_in_every_sampler_that_predicts_data(name, prediction, threshold, path):
     method, data = gk.Diffusion(prediction=prediction), gk.Diffusion(prediction="sample")
     options = options_of(name) | {"dtype": F64, "model_dtype": F64}
@@ -123,6 +123,34 @@ def test_the_gradient_is_that_of_the_formula(name, form):
     assert torch.autograd.gradcheck(lambda w: sample(w, differentiable=True).square().sum(), (weight,), atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_ddim_step_takes_it_with_the_networks_epsilon(prediction, by_sample, path):
+    x, m, u = 2.0 * torch.randn(3, *SHAPE, dtype=F64)
+    threshold, w = gk.DynamicThreshold(0.8, 3.0), torch.linspace(0.5, 4.0, 5, dtype=F64)
+    scales = [0.3, 0.95, 0.6, 0.8]
+    given = [torch.full((5,), c, dtype=F64) for c in scales] if by_sample else scales
+    options = {"prediction": prediction, "uncond": u, "guidance_scale": w}
+    kept = gk.ops.ddim_step(x, m.requires_grad_(), *given, **options, clip=threshold, return_pred=True)
+    with torch.no_grad():
+        x_s, y = gk.ops.ddim_step(x, m, *given, **options, return_pred=True)
+        expected = x_s + 0.6 * (thresholded(y, threshold) - y), thresholded(y, threshold)
+        found = gk.ops.ddim_step(x, m, *given, **options, clip=threshold, return_pred=True)
+    for of in (found, kept):
+        torch.testing.assert_close(of, expected, rtol=1e-12, atol=1e-12)
+
+    def run(m):
+        return gk.ops.ddim_step(x[:2, :1], m, 0.3, 0.95, 0.6, 0.8, prediction=prediction, clip=threshold)
+
+    assert torch.autograd.gradcheck(run, (m.detach()[:2, :1].requires_grad_(),))
+
+
+def test_ddim_step_on_numpy_arrays_refuses_it():
+    x = torch.zeros(2, 3).numpy()
+    with pytest.raises(TypeError, match="clip: expected None, .* beside NumPy arrays, got DynamicThreshold"):
+        gk.ops.ddim_step(x, x, 0.3, 0.95, 0.6, 0.8, clip=gk.DynamicThreshold())
+
+
 def test_consistency_models_take_it_too():
     threshold = gk.DynamicThreshold(0.7)
     found = gk.Consistency().sample(lambda x, t: 40.0 * x, SHAPE, seed=1, times=[80.0], clip=threshold, dtype=F64)
@@ -157,7 +185,8 @@ def test_bad_numbers_are_named(options, error, words):
 
 def test_it_is_refused_where_no_data_are_predicted():
     with pytest.raises(ValueError, match="clip: expected None with a sampler that predicts no data, got DynamicThresh"):
-        gk.Diffusion().sample(plain, SHAPE, steps=2, sampler=EDMHeun(), clip=gk.DynamicThreshold())
+        sampler = gk.samplers.Euler()
+        gk.Diffusion("cosine_log_snr").sample(plain, SHAPE, steps=2, sampler=sampler, clip=gk.DynamicThreshold())
 
 
 class Passes(TorchDispatchMode):

@@ -230,9 +230,7 @@ class Plan:
     def _stage(self, model: Any, i: int, update: Update, moment: Moment) -> None:
         x, seen = self._buffers.at(i - 1)
         before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
-        m, m_uncond, rescale = self._outputs(
-            model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance
-        )
+        m, m_uncond, rescale = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
         x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None, rescale)
         if self._blend is not None and self._inpaint is not None:
             self._blend(i, moment.stage, x, seen, self._inpaint, self._noise, moment.key)

@@ -1,5 +1,6 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from ..threshold import DynamicThreshold
 from .ab2 import AB2
 from .along import Along
 from .ancestral import EulerAncestral
@@ -20,7 +21,6 @@ from .nonmarkovian import NonMarkovian
 from .parameterization import OnPath, Parameterization, Preconditioned
 from .rk4 import RK4
 from .table import Sampler, Stage
-from .threshold import DynamicThreshold
 from .unipc import UniPC
 
 __all__ = [

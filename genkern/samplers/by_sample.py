@@ -4,9 +4,9 @@
     y -> clamp(y, -s, s) / s           dynamic thresholding (threshold.py), s of the y that f m predicts
 
 Each is a factor of some of the row's cells, so that the step stays one pass: f of b and of m's coefficients, 1 / s of
-y's, and s of the bounds -1 and 1. A row from the host takes them as coefficients by sample. A captured step, whose row is
-a line of a table in device memory, is given a table made from that line, with a row for every sample; the products are
-of float64 either way, so that both have the same bits.
+y's, and s of the bounds -1 and 1. A row from the host takes them as coefficients by sample. A captured step, whose row
+is a line of a table in device memory, is given a table made from that line, with a row for every sample. The products
+are of float64 either way, so that both have the same bits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rows import A, B, FIRST_OUT, HI, LO, OUT_CELLS, M, Out, Row, RowTable, Scaled, W, Y
+from ..rows import FIRST_OUT, HI, LO, OUT_CELLS, A, B, M, Out, Row, RowTable, Scaled, W, Y
 from ..stat import quantile_row
-from .threshold import DynamicThreshold
+from ..threshold import DynamicThreshold
 
 ONE, RESCALE, INVERSE, BOUND, INFINITY, NOTHING = range(6)  # columns of the factors
 _PREDICTION = [A, B, LO, HI, W, HI, *[HI] * (OUT_CELLS - 1)]  # cells of a row whose output is y, taken from a step's

@@ -8,8 +8,9 @@
         r = b (m_c - m_u) + beta r_before, s = min(1, norm / |r|), k = <r, y_c> / |y_c|^2
 
 where y = a x + b m is the predicted data, so that r is the difference of the predictions, and s r - s k y_c what of it
-is perpendicular to the conditional one. The first form is part of the step's own pass, and so is the third, after a pass
-for the sums over each sample (stat.py). Several conditions are one pass more for every four, APG is two: the sums, and m'.
+is perpendicular to the conditional one. The first form is part of the step's own pass, and so is the rescaled one, after
+a pass for the sums over each sample (stat.py). Several conditions are one pass more for every four of them; APG is two
+more, the sums and m'.
 """
 
 from __future__ import annotations
@@ -301,7 +302,8 @@ class Outputs:
         if before:
             outs.append(Out(h=(b, apg.momentum, minus_b)))
             h = (*h, m_u)
-        row, terms = Row(tuple(outs), guidance=guided), {"x": x, "m": m_c, "m_uncond": m_u, "h": h}
+        row = Row(tuple(outs), guidance=guided)
+        terms: dict[str, Any] = {"x": x, "m": m_c, "m_uncond": m_u, "h": h}
         if not before or torch.is_grad_enabled():
             m, *r = apply_row(row, dtypes=(self._dtype,) * len(outs), **terms)
             if before:

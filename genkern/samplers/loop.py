@@ -25,6 +25,7 @@ from .. import check
 from ..brownian import BrownianNoise
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
+from ..threshold import DynamicThreshold
 from . import editing, energy, guidance, network
 from .callback import STOP, Callback, bar, observe
 from .editing import Blend, EditingOptions, Inpaint
@@ -32,7 +33,6 @@ from .energy import Guide, GuideOptions, Steered
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
 from .table import Stage
-from .threshold import DynamicThreshold
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,8 +15,8 @@ from ..noise import Noise, Purpose
 from ..rows import MAX_OUTS, Coef, Out, Row, RowTable, pack
 from ..rows import times as scaled
 from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
+from ..threshold import DynamicThreshold
 from .by_sample import BySample
-from .threshold import DynamicThreshold
 
 if TYPE_CHECKING:
     from .loop import Run

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from . import check
+from .rows import Out, Row
+from .stat import quantile_row
 
-from .. import check
-from ..reference import stat as reference
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicThreshold:
-    """clip= of sample(): the predicted data clamped to [-s, s] and divided by s, s of each sample's own numbers.
+    """clip= of sample() and of the DDIM steps: the predicted data clamped to [-s, s] and divided by s, s of each
+    sample's own numbers.
 
     Args:
         ratio: which quantile of |y| is s, 0 to 1.
@@ -45,6 +49,13 @@ class DynamicThreshold:
         return quantile.clamp(1.0, None if self.max_value == math.inf else self.max_value)
 
     def applied(self, y: Tensor) -> Tensor:
-        """y' in plain torch operations, differentiably.  [B, ...]."""
-        s = self.bound(reference.quantile(y, self.ratio)).reshape(-1, *[1] * (y.ndim - 1))
+        """y', differentiably, of the same bits with a gradient and without.  [B, ...]."""
+        from .functions import differentiated
+        from .reference import stat
+
+        if differentiated((y,)):
+            quantile = stat.quantile(y, self.ratio)
+        else:
+            quantile = quantile_row(Row((Out(x=1.0),)), self.ratio, x=y)
+        s = self.bound(quantile).reshape(-1, *[1] * (y.ndim - 1))
         return y.clamp(-s, s) / s
