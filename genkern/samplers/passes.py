@@ -76,7 +76,14 @@ class Update:
             if rescales or threshold is not None:
                 tabulated = (None, None) if live is None else (live.table, live.rows)
                 self._by_sample = BySample(
-                    stage.pred, self._row.guidance, rescales, threshold, self._spec.row, task.dtype, *tabulated
+                    stage.pred,
+                    self._row.guidance,
+                    rescales,
+                    threshold,
+                    self._spec.row,
+                    len(self._row.outs),
+                    task.dtype,
+                    *tabulated,
                 )
             if live is not None:
                 self._bind(live)
