@@ -186,6 +186,18 @@ def test_rescale_of_one_gives_the_conditional_standard_deviation():
     torch.testing.assert_close(std(x - x0), std(seen[0][5:]))
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_samples_without_spread_are_not_rescaled(differentiable):
+    x0 = torch.full((5, 3, 41), 0.1, requires_grad=differentiable)
+    options = {"steps": 1, "cond": CONDS[0], "uncond": NULL, "guidance_scale": 3.0, "differentiable": differentiable}
+    plain = gk.FlowMatching().sample(conditioned, x0=x0, **options)
+    found = gk.FlowMatching().sample(conditioned, x0=x0, **options, guidance_rescale=1.0)
+    torch.testing.assert_close(found, plain)
+    if differentiable:
+        (slope,) = torch.autograd.grad(found.sum(), x0)
+        assert slope.isfinite().all()
+
+
 def test_one_condition_in_a_sequence_is_plain_guidance():
     options = {"uncond": NULL, "seed": 0, "dtype": F64, "steps": 4}
     plain = gk.Diffusion().sample(curved, SHAPE, cond=CONDS[0], guidance_scale=4.0, **options)

@@ -273,14 +273,15 @@ class Outputs:
         return m
 
     def _rescaling(self, m_c: Tensor, m_u: Tensor, w: Any, phi: float) -> Tensor:
-        """phi std(m_c) / std(m) + 1 - phi; 1 where std(m) is 0.  float64 [n]."""
+        """phi std(m_c) / std(m) + 1 - phi; 1 where m is constant over a sample, but for rounding.  float64 [n]."""
         row = Row((Out(m=1.0), Out(h=(1.0,))), guidance=w)
         sums = self._moments(row, m=m_c, m_uncond=m_u, h=(m_c,))
         # n times the variances; of the moments the squares are every second from there on.
         squares, size = sums[:, product(2, 0, 0) :: 2], max(math.prod(m_c.shape[1:]), 1)
         spread, wanted = (squares - sums[:, :2].square() / size).clamp(min=0.0).unbind(1)
-        std = torch.where(spread > 0.0, wanted / spread, 1.0).sqrt()
-        return phi * std + (1.0 - phi)
+        varies = spread > 1e-14 * squares[:, 0]
+        ratio = torch.where(varies, wanted / torch.where(varies, spread, 1.0), 1.0)
+        return phi * ratio.sqrt() + (1.0 - phi)
 
     def _projected(self, apg: APG, stage: Tensor, x: Tensor, m_c: Tensor, m_u: Tensor, w: Tensor) -> Tensor:
         """m' = m_c + c r - (1 - eta) c k y_c,  c = (w - 1) s / b, from the sums of r^2, r y_c and y_c^2."""
