@@ -89,7 +89,7 @@ struct MapArgs {
 
 // The written residual times scale * weight[b] is the gradient of a loss already.
 struct ReduceArgs {
-  MapArgs map;  // one output: the residual; not written where its data is null, its strides give the order then too
+  MapArgs map;  // one output: the residual; not written where its data is null
   Rho rho = Rho::square;
   double scale = 1.0;
   Value weight{nullptr, DType::f32, 0, 0, 1.0};  // of a sample; null: 1

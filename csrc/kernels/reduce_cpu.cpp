@@ -1,28 +1,14 @@
 // reduce on the CPU: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values) is written,
 // and mask * rho(r) summed over each chunk.
 //
-// A block is summed in 16 lanes whatever the vector width, the lanes in a fixed tree, blocks and chunks in order in
-// double: the sums depend neither on the instruction set nor on the number of threads.
+// Blocks and chunks are added in order in double, so that the sums depend neither on the instruction set nor on the
+// number of threads.
 #include "block.h"
+#include "sum_block.h"
 
 namespace genkern {
 namespace GENKERN_ISA {
 namespace {
-
-constexpr int kLanes = 16;
-
-// The sum of term(i), i from 0 to count - 1.
-template <typename Acc, typename Term>
-double sum_block(int count, Term term) {
-  Acc lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  for (int l = 0; i + l < count; ++l) lanes[l] += term(i + l);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return static_cast<double>(lanes[0]);
-}
 
 template <typename Acc>
 Acc absolute(Acc v) {

@@ -1,5 +1,6 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from ..threshold import DynamicThreshold
 from .ab2 import AB2
 from .along import Along
 from .ancestral import EulerAncestral
@@ -33,6 +34,7 @@ __all__ = [
     "Along",
     "DPMSolver",
     "DPMSolverSDE",
+    "DynamicThreshold",
     "EDMHeun",
     "Euler",
     "EulerAncestral",
