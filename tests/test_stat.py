@@ -16,7 +16,7 @@ from genkern import _library, stat
 from genkern.rows import Out, Row, RowTable, pack
 
 F64 = torch.float64
-SHAPES = [(0, 3), (2, 0), (3,), (1, 1), (5, 1), (3, 7), (2, 3, 5, 8), (4, 3, 33), (2, 20001), (3, 2, 64, 72)]
+SHAPES = [(0, 3), (2, 0), (3,), (1, 1), (5, 1), (3, 7), (2, 3, 5, 8), (4, 3, 33), (2, 20001), (3, 2, 64, 72), (2, 70001)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAYOUTS = ["contiguous", "strided", "channels_last", "expanded", "offset"]
 QS = [0.0, 0.25, 0.5, 0.995, 1.0]
@@ -131,7 +131,7 @@ def test_quantile_is_an_order_statistic_interpolated(
 
 def test_quantile_of_many_equal_zero_infinite_and_missing_numbers(device: torch.device, path: str) -> None:
     row = Row((Out(x=1.0),))
-    for n in (5, 9000, 40000):
+    for n in (5, 9000, 70000):
         x = torch.zeros(6, n, device=device)
         x[1] = -3.0
         x[2, ::2] = 1.0
@@ -157,7 +157,7 @@ def test_quantile_has_no_limit_of_elements() -> None:
     assert found.item() == torch.tensor(1.0 + 0.25 * (x.shape[1] - 1), dtype=F64).to(torch.float32).item()
 
 
-@pytest.mark.parametrize("shape", [(7, 3, 40), (5, 3, 100, 130)])
+@pytest.mark.parametrize("shape", [(7, 3, 40), (4, 3, 150, 160)])
 def test_a_sample_has_the_same_bits_in_every_batch_and_run(shape: tuple[int, ...], device: torch.device) -> None:
     x, m, u, h = given(shape, torch.float32, device)
     row = Row((Out(y=1.0), Out(m=1.0), Out(h=(1.0,))), pred=(0.5, 1.0), guidance=2.0)
@@ -170,7 +170,7 @@ def test_a_sample_has_the_same_bits_in_every_batch_and_run(shape: tuple[int, ...
 
 
 def test_threads_do_not_change_the_bits() -> None:
-    x = torch.randn(3, 50000)
+    x = torch.randn(3, 90000)
     row, before = Row((Out(x=1.0),)), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -8,14 +8,17 @@
 namespace genkern {
 namespace {
 
+// Elements of a sample up to which it is one thread's, sorted as far as it takes; longer ones are counted by all.
+constexpr int64_t kSorted = 8 * kChunk;
+
 // A parallel loop over tasks [first, first + count), run(begin, end).
 template <typename Run>
-void over_tasks(const Parallel& parallel, const Walk& walk, int64_t first, int64_t count, const Run& run) {
+void over_tasks(const Parallel& parallel, int64_t grain, int64_t first, int64_t count, const Run& run) {
   struct Context {
     const Run* run;
     int64_t first;
   } context{&run, first};
-  parallel.run(count, grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
+  parallel.run(count, grain, &context, [](void* c, int64_t begin, int64_t end) {
     const auto* context = static_cast<const Context*>(c);
     (*context->run)(context->first + begin, context->first + end);
   });
@@ -35,7 +38,7 @@ Acc absolute(Acc v) {
   return std::fabs(v);
 }
 
-// Samples of one chunk: each is sorted as far as it takes, where it has come out of the row.
+// Samples [begin, end), each sorted as far as it takes when it has come out of the row.
 template <typename Acc>
 void small_quantiles(const ValuesCpu& cpu, const Place& place, Acc* out, int64_t begin, int64_t end) {
   struct Sample {
@@ -57,7 +60,8 @@ void small_quantiles(const ValuesCpu& cpu, const Place& place, Acc* out, int64_t
                          : quantile_of(sample->values, sample->place);
     sample->values.clear();
   };
-  chosen_isa()->values(own, begin, end);
+  const int64_t chunks = chunks_per_sample(cpu.walk->n);
+  chosen_isa()->values(own, begin * chunks, end * chunks);
 }
 
 // How many numbers of a sample have which digit, among those that agree in the digits before it.
@@ -102,7 +106,7 @@ Acc large_quantile(const ValuesCpu& cpu, const Place& place, int64_t b, const Pa
     Counts<Acc> all;
     all.digit = Digit<Acc>(d);
     all.prefix = prefix;
-    over_tasks(parallel, *cpu.walk, b * chunks, chunks, [&](int64_t begin, int64_t end) {
+    over_tasks(parallel, grain(*cpu.walk), b * chunks, chunks, [&](int64_t begin, int64_t end) {
       Counts<Acc> some;
       some.digit = all.digit;
       some.prefix = prefix;
@@ -142,8 +146,8 @@ void quantile_typed(const QuantileArgs& args, const Walk& walk, const Parallel& 
   const Place place = place_of(args.q, walk.n);
   if (walk.n == 0) {
     std::fill(out, out + walk.batch, std::numeric_limits<Acc>::quiet_NaN());
-  } else if (walk.n <= kChunk) {
-    over_tasks(parallel, walk, 0, walk.batch,
+  } else if (walk.n <= kSorted) {
+    over_tasks(parallel, (kGrainElements + walk.n - 1) / walk.n, 0, walk.batch,
                [&](int64_t begin, int64_t end) { small_quantiles(cpu, place, out, begin, end); });
   } else {
     for (int64_t b = 0; b < walk.batch; ++b) out[b] = large_quantile<Acc>(cpu, place, b, parallel);
@@ -165,7 +169,7 @@ void stat_cpu(const StatArgs& args, const Parallel& parallel) {
   const int n_sums = sums_of(args.kind, args.map.n_out);
   const StatCpu cpu{&args, &walk, static_cast<double*>(args.workspace)};
   if (walk.batch > 0 && walk.n > 0)
-    over_tasks(parallel, walk, 0, walk.batch * chunks,
+    over_tasks(parallel, grain(walk), 0, walk.batch * chunks,
                [&](int64_t begin, int64_t end) { chosen_isa()->stat(cpu, begin, end); });
   for (int64_t b = 0; b < walk.batch; ++b) {
     for (int k = 0; k < n_sums; ++k) {

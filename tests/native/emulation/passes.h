@@ -89,7 +89,7 @@ void build(Pass& pass, bool reduce, bool large = false) {
   // Half of the passes are of whole aligned vectors: those that kernels are compiled for.
   const bool plain = chance(0.5);
   if (large) {
-    sizes.insert(sizes.end(), {5, 7, (plain ? 8 : 7) * pick(60, 140)});
+    sizes.insert(sizes.end(), {5, 7, (plain ? 8 : 7) * pick(60, 260)});
   } else if (plain) {
     sizes.insert(sizes.end(), {pick(1, 5), pick(1, 6), 8 * pick(1, chance(0.5) ? 90 : 9)});
   } else {
