@@ -19,8 +19,8 @@ __host__ __device__ constexpr int size_of(DType dtype) {
 
 // Terms of a known pass: the inputs that are given, by number; normals drawn; data predicted; whether its output is a
 // residual; outputs.
-constexpr uint32_t kDrawn = 1u << 8, kPredicted = 1u << 9, kResidual = 1u << 10;
-constexpr int kOutsShift = 11;
+constexpr uint32_t kDrawn = 1u << kInputs, kPredicted = kDrawn << 1, kResidual = kDrawn << 2;
+constexpr int kOutsShift = kInputs + 3;
 
 constexpr uint32_t terms(int n_out, uint32_t others) { return others | static_cast<uint32_t>(n_out) << kOutsShift; }
 constexpr uint32_t residual(uint32_t others) { return terms(1, others | kResidual); }
@@ -69,10 +69,11 @@ constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | 
 // Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
 enum class Types { f32, mixed, half };
 
-// Any pass; kWide: with room for all terms and outputs, else for those of the common passes.
-template <bool kWideTerms, bool kDraws>
+// Any pass; kWide: with room for all terms and outputs, else for those of the common passes; with elementwise
+// coefficients or without.
+template <bool kWideTerms, bool kDraws, bool kHasElementwise = false>
 struct Any {
-  static constexpr bool kKnown = false, kDraw = kDraws;
+  static constexpr bool kKnown = false, kDraw = kDraws, kElementwise = kHasElementwise;
   static constexpr int kHs = kWideTerms ? kMaxH : 1;
   static constexpr int kOuts = kWideTerms ? kMaxOuts : 1;
   static constexpr bool kScales = false;
@@ -98,7 +99,7 @@ struct Any {
 
 template <uint32_t kTerms, Types kTypes>
 struct Known {
-  static constexpr bool kKnown = true, kDraw = (kTerms & kDrawn) != 0;
+  static constexpr bool kKnown = true, kDraw = (kTerms & kDrawn) != 0, kElementwise = false;
   static constexpr int kHs = (kTerms & H) != 0 ? 1 : 0;
   static constexpr int kOuts = static_cast<int>(kTerms >> kOutsShift);
   static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) +

@@ -215,6 +215,11 @@ template <typename V>
 Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pass) {
   using Acc = typename V::Acc;
   fill<Acc>(args, walk, V::kVec, pass);
+  static_assert(sizeof(typename V::Pass) <= 4000, "a kernel's parameters are 4 KiB at most");
+  if constexpr (V::Facts::kElementwise) {
+    for (int c = 0; c < kRowCells; ++c) pass.row[c] = static_cast<Acc>(args.rows.base[c]);
+    pass.blended = args.blended;
+  }
   if constexpr (V::kLayout != Layout::linear) {
     pass.ndim = walk.ndim;
     for (int d = 0; d < walk.ndim; ++d) {

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
     reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, typename V::Acc scale, double* partials) {
   using Acc = typename V::Acc;
   constexpr int kVec = V::kVec;
-  __shared__ Shared<Acc> shared;
+  __shared__ typename V::Shared shared;
   __shared__ Acc sums[kThreads][2];
   Acc sum = 0, elements = 0;
   walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {

@@ -143,11 +143,26 @@ void build(Pass& pass, bool reduce) {
     if (args.in[kMask].dtype == DType::f32)
       for (size_t i = 3; i < mask.bytes.size(); i += 4) mask.bytes[i] &= 0x7f;
   }
+  const bool noise = draws || args.in[kZ].data != nullptr;
+  if (!reduce && noise && chance(0.25)) give(kV, network(), false);
+  if (!reduce && chance(0.25)) {
+    give(kKnown, dtype(), false);
+    give(kMask, halves && chance(0.5) ? half : chance(0.5) ? DType::u8 : DType::f32, false);
+    // Of every kind: 0, 1, between, and beyond.
+    Buffer& mask = pass.buffers[kMask];
+    if (args.in[kMask].dtype == DType::f32) {
+      for (size_t i = 0; i + 3 < mask.bytes.size(); i += 4) {
+        const float weight = static_cast<float>(pick(0, 1));
+        if (chance(0.5)) std::memcpy(&mask.bytes[i], &weight, sizeof weight);
+      }
+    }
+  }
   args.n_out = reduce ? 1 : static_cast<int>(chance(0.6) ? 1 : pick(2, 3));
+  if (args.in[kKnown].data != nullptr) args.blended = static_cast<uint32_t>(pick(1, (1 << args.n_out) - 1));
   for (int j = 0; j < args.n_out; ++j) give(kInputs + j, j > 0 || reduce ? network() : dtype(), true);
 
   RowSource& rows = args.rows;
-  rows.n_cells = kFirstOut + kOutCells * args.n_out;
+  rows.n_cells = args.elementwise() ? kRowCells : kFirstOut + kOutCells * args.n_out;
   std::normal_distribution<double> normal;
   for (double& c : rows.base) c = normal(rng);
   rows.base[kLo] = -0.5, rows.base[kHi] = 0.7;
@@ -174,7 +189,11 @@ void build(Pass& pass, bool reduce) {
       const bool one = chance(0.3);
       pass.values.emplace_back();
       for (int64_t b = 0; b < (one ? 1 : sizes[0]); ++b) pass.values.back().push_back(normal(rng));
-      const int cell = static_cast<int>(rows.formula != Formula::none && chance(0.5) ? 30 : pick(0, rows.n_cells - 1));
+      const bool of_path = rows.formula != Formula::none && chance(0.5);
+      const bool last = args.elementwise() && chance(0.4);
+      const int cell = static_cast<int>(of_path ? 30
+                                        : last  ? pick(kL0, kRowCells - 1)
+                                                : pick(0, kFirstOut + kOutCells * args.n_out - 1));
       rows.values[k] = {nullptr, DType::f64, one ? 0 : 1, cell, chance(0.5) ? 1.0 : 0.5};
     }
     for (int k = 0; k < rows.n_values; ++k) rows.values[k].data = pass.values[k].data();
@@ -185,7 +204,7 @@ void build(Pass& pass, bool reduce) {
 void choose_in_place(Pass& pass) {
   const MapArgs& args = pass.args;
   if (chance(0.5)) return;
-  for (int k : {kX, kM, kH0}) {
+  for (int k : {kX, kM, kH0, kV, kKnown}) {
     if (args.in[k].data == nullptr || args.in[k].dtype != args.out[0].dtype) continue;
     bool apart = true;
     for (int d = 0; d < args.ndim; ++d) apart = apart && (args.sizes[d] == 1 || pass.buffers[k].strides[d] != 0);
@@ -208,9 +227,12 @@ bool same(const Buffer& a, const Buffer& b, DType dtype) {
 }
 
 int fail(int number, const MapArgs& args, const char* what) {
-  std::printf("pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d\n",
-              number, what, args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
-              static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values);
+  std::printf(
+      "pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d, "
+      "v %d, blended %u\n",
+      number, what, args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
+      static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values, args.in[kV].data != nullptr,
+      args.blended);
   return 1;
 }
 
