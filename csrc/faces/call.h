@@ -290,7 +290,7 @@ inline MapArgs make_args(const Call& call) {
   set(kMUncond, call.m_uncond, "m_uncond");
   set(kZ, call.z, "z");
   set(kV, call.v, "v");
-  set(kKnown, call.known, "known");
+  set(kKnownData, call.known, "known");
   expect(!call.m_uncond || call.m, "m_uncond: expected m beside it");
   expect(call.x || call.m || call.z || call.noise != 0 || !call.h.empty(), "x: expected at least one term");
   expect(!call.use_pred || call.x || call.m, "use_pred: expected x or m");

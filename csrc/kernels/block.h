@@ -187,7 +187,7 @@ void set_elementwise(const MapArgs& args, const Plan& plan, const Span& span, Bu
     if (buffered) load(span, k, args.in[k], buffers.in[k]);
     to = buffered ? Operand{buffers.in[k], dtype_of<Acc>()} : operand(plan, span, k, args.in[k], buffers.in[k]);
   };
-  set(kV, pass.v), set(kKnown, pass.known), set(kMask, pass.mask);
+  set(kV, pass.v), set(kKnownData, pass.known), set(kMask, pass.mask);
   pass.blended = args.blended;
 }
 

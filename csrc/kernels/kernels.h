@@ -23,7 +23,7 @@ constexpr int kMaxValues = 12;  // coefficients that vary by sample
 
 // The inputs of a pass, in the order in which its terms are added, and those of its elementwise coefficients: map's
 // mask weighs what is known, reduce's the residual.
-enum Input { kX, kM, kMUncond, kH0, kH1, kH2, kZ, kMask, kV, kKnown, kInputs };
+enum Input { kX, kM, kMUncond, kH0, kH1, kH2, kZ, kMask, kV, kKnownData, kInputs };
 
 // Cells of a row: 5 + 7 an output; path values of a named formula follow at 26, elementwise coefficients at 31. A row
 // of v or known has all 39.
@@ -92,7 +92,7 @@ struct MapArgs {
   NoiseSource noise;
   RowSource rows;
 
-  bool elementwise() const { return in[kV].data != nullptr || in[kKnown].data != nullptr; }
+  bool elementwise() const { return in[kV].data != nullptr || in[kKnownData].data != nullptr; }
 };
 
 struct ReduceArgs {

@@ -60,7 +60,7 @@ inline uint32_t terms_of(const MapArgs& args, uint32_t reduced) {
 inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types& types) {
   if (args.f64 || args.noise.draw_kind == Draw::uniform) return false;
   const auto size = [&](int k) { return size_of(array_of(args, k).dtype); };
-  const auto of_network = [&](int k) { return k == kM || k == kMUncond || (k == kInputs && reduced != 0); };
+  const auto of_network = [&](int k) { return k == kM || k == kMUncond || k == kV || (k == kInputs && reduced != 0); };
   int state = 0, network = 0, least = 4;
   for (int k = 0; k <= kInputs; ++k) {
     if (!given(args, k) || k == kMask || (k >= kH0 && k <= kH2)) continue;

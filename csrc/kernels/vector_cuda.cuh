@@ -45,12 +45,14 @@ struct Nothing {};
 // The cells that a known pass uses, in registers.
 template <typename Acc, typename Facts>
 struct Cells {
-  Acc c[kMaxCells];
+  Acc c[Facts::kElementwise ? kRowCells : kMaxCells];
 
-  template <typename P>
-  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc, kMaxCells>& shared) {
+  template <typename P, typename S>
+  __device__ __forceinline__ Cells(const P& pass, const S& shared) {
     if (pass.by_sample) {
       copy(pass, shared.rows[threadIdx.y]);
+    } else if constexpr (Facts::kElementwise) {
+      copy(pass, pass.row);
     } else {
       copy(pass, pass.cells);
     }
@@ -67,7 +69,12 @@ struct Cells {
       if (Facts::has(pass, kM)) c[first + kOutM] = from[first + kOutM];
       if (Facts::has(pass, kH0)) c[first + kOutH0] = from[first + kOutH0];
       if (Facts::kDraw || Facts::has(pass, kZ)) c[first + kOutZ] = from[first + kOutZ];
+      if (Facts::has(pass, kKnownData)) {
+        const int of_known = kFirstKnown + kKnownCells * j;
+        c[of_known + kP] = from[of_known + kP], c[of_known + kQ] = from[of_known + kQ];
+      }
     }
+    if (Facts::has(pass, kV)) c[kL0] = from[kL0], c[kL1] = from[kL1];
   }
   __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
 };
@@ -103,8 +110,9 @@ struct Vector {
   using Pass = std::conditional_t<Facts::kElementwise, ElementwisePass<Acc, Laid>, Laid>;
   using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
-  // With elementwise coefficients, two blocks where the registers suffice for them.
-  static constexpr int kBlocks = Facts::kElementwise && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
+  // Of any pass with elementwise coefficients, two where the registers suffice for them.
+  static constexpr int kBlocks =
+      Facts::kElementwise && !Facts::kKnown && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
   // Vectors of 8 are of halves only.
   static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
 
@@ -156,7 +164,7 @@ struct Vector {
     fetch_one(pass, kMask, mask);
     if constexpr (Facts::kElementwise) {
       fetch_one(pass, kV, v);
-      fetch_one(pass, kKnown, known);
+      fetch_one(pass, kKnownData, known);
     }
   }
 
@@ -173,9 +181,9 @@ struct Vector {
   // The blended outputs by what is known.
   __device__ __forceinline__ void blend_known(const Pass& pass, const Cells<Acc, Facts>& cells, bool noise,
                                               const Acc* zs, Acc (*out)[kVec]) const {
-    if (!Facts::has(pass, kKnown)) return;
+    if (!Facts::has(pass, kKnownData)) return;
     Acc ks[kVec], ws[kVec];
-    decode<Acc, kVec>(known, Facts::dtype(pass, kKnown), ks);
+    decode<Acc, kVec>(known, Facts::dtype(pass, kKnownData), ks);
     decode<Acc, kVec>(mask, Facts::dtype(pass, kMask), ws);
 #pragma unroll
     for (int j = 0; j < kOuts; ++j) {

@@ -146,7 +146,7 @@ void build(Pass& pass, bool reduce) {
   const bool noise = draws || args.in[kZ].data != nullptr;
   if (!reduce && noise && chance(0.25)) give(kV, network(), false);
   if (!reduce && chance(0.25)) {
-    give(kKnown, dtype(), false);
+    give(kKnownData, dtype(), false);
     give(kMask, halves && chance(0.5) ? half : chance(0.5) ? DType::u8 : DType::f32, false);
     // Of every kind: 0, 1, between, and beyond.
     Buffer& mask = pass.buffers[kMask];
@@ -158,7 +158,7 @@ void build(Pass& pass, bool reduce) {
     }
   }
   args.n_out = reduce ? 1 : static_cast<int>(chance(0.6) ? 1 : pick(2, 3));
-  if (args.in[kKnown].data != nullptr) args.blended = static_cast<uint32_t>(pick(1, (1 << args.n_out) - 1));
+  if (args.in[kKnownData].data != nullptr) args.blended = static_cast<uint32_t>(pick(1, (1 << args.n_out) - 1));
   for (int j = 0; j < args.n_out; ++j) give(kInputs + j, j > 0 || reduce ? network() : dtype(), true);
 
   RowSource& rows = args.rows;
@@ -204,7 +204,7 @@ void build(Pass& pass, bool reduce) {
 void choose_in_place(Pass& pass) {
   const MapArgs& args = pass.args;
   if (chance(0.5)) return;
-  for (int k : {kX, kM, kH0, kV, kKnown}) {
+  for (int k : {kX, kM, kH0, kV, kKnownData}) {
     if (args.in[k].data == nullptr || args.in[k].dtype != args.out[0].dtype) continue;
     bool apart = true;
     for (int d = 0; d < args.ndim; ++d) apart = apart && (args.sizes[d] == 1 || pass.buffers[k].strides[d] != 0);
