@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import check, eager, rows
+from .elementwise import checked as elementwise_terms
 from .noise import Noise, as_int64
 from .spec import Spec
 
@@ -65,7 +66,8 @@ def apply_row(
     packed = rows.pack(row)
     given = _checked(packed, x, m, m_uncond, h, noise, size, device, names, elementwise)
     if elementwise or packed.scales_noise or packed.blended:
-        given = given._replace(elementwise=_elementwise(packed, given, names, noise, v, known, mask))
+        first = next((pair for pair in zip(_padded(names), given.arrays, strict=False) if pair[1] is not None), None)
+        given = given._replace(elementwise=elementwise_terms(packed, first, noise, v, known, mask))
     outs = None if out is None else (out,) if not isinstance(out, (tuple, list)) else tuple(out)
     n_out, like = packed.n_out, given.like
     if dtypes is None:
@@ -234,33 +236,6 @@ def _checked(
     if len(packed.values) > rows.MAX_VALUES:
         raise ValueError(f"row: expected at most {rows.MAX_VALUES} coefficients as tensors, got {len(packed.values)}")
     return given
-
-
-def _elementwise(
-    packed: rows.Packed, given: _Given, names: Sequence[str], noise: Any, v: Any, known: Any, mask: Any
-) -> tuple[Any, Any, Any]:
-    """v, known and mask, checked; the mask expanded to the outputs' shape."""
-    if given.like is None:
-        raise ValueError(f"{names[0]}: expected {names[0]}, {names[1]} or a noise tensor beside v or known, got None")
-    first = next(name for name, t in zip(_padded(names), given.arrays, strict=False) if t is given.like)
-    check.terms(((first, given.like), ("v", v), ("known", known)))
-    if packed.table is None and (v is None) is packed.scales_noise:
-        wanted, got = ("a tensor", "None") if v is None else ("None", "a tensor")
-        raise ValueError(f"v: expected {wanted} {'beside' if v is None else 'without'} a log_scale, got {got}")
-    if (known is None) is not (packed.blended == 0):
-        wanted, got = ("a tensor", "None") if known is None else ("None", "a tensor")
-        raise ValueError(f"known: expected {wanted} {'beside' if known is None else 'without'} p and q, got {got}")
-    for name, value, other in (("mask", mask, "known"), ("known", known, "mask")):
-        if value is None and (known is not None or mask is not None):
-            raise ValueError(f"{name}: expected a tensor beside {other}, got None")
-    if v is not None and (packed.draws is False or (packed.draws is None and noise is None)):
-        raise ValueError("v: expected noise that it scales, got none")
-    if mask is None:
-        return v, known, None
-    if check.is_tensor(mask) and mask.requires_grad:
-        raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
-    expanded = check.mask(mask, given.like)
-    return v, known, expanded if "bool" in str(mask.dtype) else check.inside("mask", expanded, 0.0, 1.0)
 
 
 def _padded(names: Sequence[str]) -> Sequence[str]:

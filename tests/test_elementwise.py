@@ -348,8 +348,8 @@ PLAIN = rows.Row((rows.Out(x=1.0),))
 @pytest.mark.parametrize(
     "row, terms, error, words",
     [
-        (SCALED, {"x": X, "noise": Z}, ValueError, "v: expected a tensor beside a log_scale, got None"),
-        (PLAIN, {"x": X, "v": X}, ValueError, "v: expected None without a log_scale, got a tensor"),
+        (SCALED, {"x": X, "noise": Z}, ValueError, "v: expected a tensor beside log_scale, got None"),
+        (PLAIN, {"x": X, "v": X}, ValueError, "v: expected None without log_scale, got a tensor"),
         (SCALED, {"x": X, "noise": Z, "v": X[:1]}, ValueError, r"v: expected shape \(2, 3\) like x, got \(1, 3\)"),
         (SCALED, {"x": X, "noise": Z, "v": X.double()}, TypeError, "v: expected torch.float32 like x, or a lower"),
         (
