@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _library, eager, rows
 from .reference import formula as reference
 from .reference import stat as reference_stat
-from .spec import DEVICE_KEY, FIRST_VALUE, SAMPLE_IDS, M, Spec, X, Z, invoke, numbers
+from .spec import DEVICE_KEY, FIRST_VALUE, SAMPLE_IDS, M, Spec, V, X, Z, invoke, numbers
 
 CODES = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
 
@@ -96,7 +96,7 @@ def run_reduce(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tupl
     elif torch.compiler.is_compiling():
         residual, sums = invoke(_REDUCE, spec, tensors, mask, spec.kind)
     else:
-        residual, sums = _REDUCE_NUMBERS(numbers(spec), *tensors[:FIRST_VALUE], tensors[FIRST_VALUE:] or None, mask)
+        residual, sums = _REDUCE_NUMBERS(numbers(spec), *tensors[:V], tensors[FIRST_VALUE:] or None, mask)
     return residual, sums
 
 
@@ -157,7 +157,7 @@ def _laid_out(out: Tensor, like: Tensor) -> Tensor:
 def _fake_map(
     x: Any, m: Any, m_uncond: Any, h: Any, z: Any, row: Any, table: Any, index: Any, values: Any, cells: Any,
     scales: Any, formula: Any, noise: Any, key: Any, device_key: Any, sample_ids: Any, use_pred: Any, out_dtypes: Any,
-    size: Any = None, device: Any = None,
+    size: Any = None, device: Any = None, *elementwise: Any,
 ) -> list[Tensor]:  # fmt: skip
     like = x if x is not None else m if m is not None else z
     if like is None:

@@ -6,7 +6,12 @@ torch's clamp has (1 up to torch 2.13, 0 in 2.15):
     g_y = k sum_j c0j G_j,   g_m = sum_j c2j G_j + b g_y,   g_x = sum_j c1j G_j + a g_y,   g_hk = sum_j c3jk G_j,
     g_mc = w g_m,   g_mu = (1 - w) g_m,   g_z = sum_j s_j G_j;
 
-a coefficient's gradient is the sum over its samples of its term times G_j. Without a prediction this is a row too, of
+a coefficient's gradient is the sum over its samples of its term times G_j. Where out_j is blended with k_j by a mask,
+(1 - mask) G_j takes the place of G_j in all of these, and with e = exp(l0 + l1 v), g_e = z sum_j s_j G_j,
+
+    g_known = sum_j mask p_j G_j,   g_z = e sum_j s_j G_j + sum_j mask q_j G_j,   g_v = l1 e g_e;
+
+the mask has no gradient. Without a prediction this is a row too, of
 G_0, G_1, G_2 with the transposed coefficients, so a map's backward is a map, and can be differentiated again. reduce
 keeps its unscaled residual r, in m's dtype: with f[b] the factor that the loss puts on sample b (2 g[b] for squares),
 the gradient of a term is c f[b] r. f comes in last, in the arithmetic's type, so float16 gradients do not underflow.
@@ -24,7 +29,7 @@ from torch import Tensor
 from . import calls, rows
 from .calls import CODES
 from .reference import formula as reference
-from .spec import FIRST_H, FIRST_VALUE, M_UNCOND, TABLE, M, Spec, X, Z
+from .spec import FIRST_H, FIRST_VALUE, KNOWN, M_UNCOND, MASK, TABLE, M, Spec, V, X, Z
 
 
 def _clamp_at_bound() -> float:
@@ -44,7 +49,7 @@ class Terms:
     """The tensors of a call in the arithmetic's type, and its cells: what both modes of derivatives are made of."""
 
     def __init__(self, spec: Spec, tensors: Sequence[Tensor | None]) -> None:
-        x, m, z, m_uncond, *h, table, index, device_key, sample_ids = tensors[:FIRST_VALUE]
+        x, m, z, m_uncond, *h, table, index, device_key, sample_ids, v, known, mask = tensors[:FIRST_VALUE]
         self.h: list[Any] = list(h[: spec.n_h])
         self.values: list[Any] = list(tensors[FIRST_VALUE:])
         like = x if x is not None else m if m is not None else z
@@ -54,13 +59,19 @@ class Terms:
         self.spec, self.x, self.m, self.m_uncond, self.table, self.index = spec, x, m, m_uncond, table, index
         if spec.noise:
             z = calls.draw(spec, device_key, sample_ids, shape, device, self.accumulator)
-        self.z = z
+        self.z = None if z is None else self.wide(z)
         self.cells = reference.Cells(
             spec.row, table, index, self.values, spec.cells, spec.scales, spec.formula, spec.use_pred, len(shape),
             self.accumulator,
         )  # fmt: skip
+        self.v, self.known = (None if t is None else self.wide(t) for t in (v, known))
+        self.mask = None if mask is None else self.wide(mask)
+        self.scale: Tensor | None = None  # e
+        if self.v is not None and self.z is not None:
+            self.scale = reference.noise_scale(self.v, self.cells)
+            z = self.scale * self.z
         found, self.unclamped = reference.terms(x, m, m_uncond, self.h, z, self.cells, spec.use_pred, self.accumulator)
-        self.by_term = dict(found)
+        self.by_term = dict(found)  # that of Z is e z
 
     def wide(self, t: Tensor) -> Tensor:
         return t.to(self.accumulator)
@@ -72,6 +83,9 @@ class Terms:
             return t
         u, lo, hi = self.unclamped, self.cells[rows.LO], self.cells[rows.HI]
         return torch.where((u > lo) & (u < hi), t, torch.where((u == lo) | (u == hi), _CLAMP_AT_BOUND * t, 0.0))
+
+    def blends(self, output: int) -> bool:
+        return self.spec.blended >> output & 1 != 0
 
     def guidance(self) -> Tensor:
         assert self.m is not None and self.m_uncond is not None
@@ -92,7 +106,13 @@ def pulled_back(
     """
     of = Terms(spec, tensors)
     cells, terms = of.cells, of.by_term
-    g_outs = [(j, of.wide(g)) for j, g in enumerate(grads) if g is not None]
+    g_outs, g_known = [], {}
+    for j, g in ((j, of.wide(g)) for j, g in enumerate(grads) if g is not None):
+        if of.blends(j):
+            assert of.mask is not None
+            g_known[j], g = of.mask * g, (1.0 - of.mask) * g
+        g_outs.append((j, g))
+    masked = masked or bool(spec.blended)
     g_term: dict[int, Tensor | None] = {
         term: _sum(cells.out(j, term) * g for j, g in g_outs) for term in terms if g_outs
     }
@@ -114,9 +134,25 @@ def pulled_back(
         if cell == rows.W:
             g_m = g_term.get(rows.M)
             return None if of.m_uncond is None or g_m is None else product(g_m, of.guidance())
+        if cell in (rows.L0, rows.L1):
+            if g_log is None or of.v is None:
+                return None
+            return g_log if cell == rows.L0 else product(g_log, of.v)
+        if cell >= rows.FIRST_KNOWN:
+            j, which = divmod(cell - rows.FIRST_KNOWN, 2)
+            term = of.known if which == rows.P else of.z
+            return None if term is None or j not in g_known else product(g_known[j], term)
         j, term_index = divmod(cell - rows.FIRST_OUT, rows.OUT_CELLS)
         term, g = terms.get(term_index), dict(g_outs).get(j)
         return None if cell < rows.FIRST_OUT or term is None or g is None else product(g, term)
+
+    g_z = g_term.get(rows.Z)
+    g_log = None  # of l0 + l1 v
+    if of.scale is not None and g_z is not None:
+        g_log, g_z = product(g_z, terms[rows.Z]), product(g_z, of.scale)
+    if g_known and of.z is not None:
+        of_known = _sum(cells.known(j, rows.Q) * g for j, g in g_known.items())
+        g_z = of_known if g_z is None or of_known is None else g_z + of_known
 
     g_m = g_term.get(rows.M)
     guided = of.m_uncond is not None
@@ -124,7 +160,9 @@ def pulled_back(
     found[X] = g_term.get(rows.X)
     found[M] = g_m if not guided or g_m is None else cells[rows.W] * g_m
     found[M_UNCOND] = (1.0 - cells[rows.W]) * g_m if guided and g_m is not None else None
-    found[Z] = g_term.get(rows.Z)
+    found[Z] = g_z
+    found[V] = None if g_log is None else cells[rows.L1] * g_log
+    found[KNOWN] = _sum(cells.known(j, rows.P) * g for j, g in g_known.items())
     for k in range(spec.n_h):
         found[FIRST_H + k] = g_term.get(rows.H0 + k)
     if needed[TABLE] and of.table is not None:
@@ -147,6 +185,8 @@ def pushed_forward(
     """The Jacobian-vector product, in the arithmetic's type: tangents of the outputs from those of `tensors`."""
     of = Terms(spec, tensors)
     cells, terms = of.cells, of.by_term
+    if tangents[MASK] is not None:
+        raise RuntimeError("mask: expected a tensor without a tangent, the mask of a row has no derivative")
     d_x, d_mc, d_z, d_mu, d_table = (None if t is None else of.wide(t) for t in (*tangents[:FIRST_H], tangents[TABLE]))
     if d_table is not None and of.index is not None:
         d_table = d_table.index_select(0, of.index)
@@ -160,7 +200,9 @@ def pushed_forward(
                 total = _plus(total, scale * of.wide(tangent).reshape(shape))
         return total
 
-    d_term: dict[int, Tensor | None] = {rows.X: d_x, rows.M: d_mc, rows.Z: d_z}
+    d_v, d_known = (None if t is None else of.wide(t) for t in (tangents[V], tangents[KNOWN]))
+    d_ez = _scaled_noise_tangent(of, d_cell, d_z, d_v)
+    d_term: dict[int, Tensor | None] = {rows.X: d_x, rows.M: d_mc, rows.Z: d_ez}
     if of.m_uncond is not None:
         w, d_w = cells[rows.W], d_cell(rows.W)
         parts = [None if d_mc is None else w * d_mc, None if d_mu is None else (1.0 - w) * d_mu]
@@ -181,8 +223,26 @@ def pushed_forward(
             cell = rows.out_cell(j, term)
             total = _product_rule(total, cells[cell], d_cell(cell), t, d_term.get(term))
         some = next(iter(terms.values()))
-        outs.append(torch.zeros_like(some) if total is None else total.expand(some.shape))
+        d_r = torch.zeros_like(some) if total is None else total.expand(some.shape)
+        if of.blends(j):
+            assert of.mask is not None
+            d_k = None
+            for which, of_known, d_t in ((rows.P, of.known, d_known), (rows.Q, of.z, d_z)):
+                d_cell_of = d_cell(rows.known_cell(j, which))
+                d_k = _product_rule(d_k, cells.known(j, which), d_cell_of, of_known, d_t)
+            d_r = reference.blend(d_r, torch.zeros_like(some) if d_k is None else d_k, of.mask)
+        outs.append(d_r)
     return outs
+
+
+def _scaled_noise_tangent(
+    of: Terms, d_cell: Callable[[int], Tensor | None], d_z: Tensor | None, d_v: Tensor | None
+) -> Tensor | None:
+    """The tangent of e z."""
+    if of.scale is None:
+        return d_z
+    d_log = _product_rule(d_cell(rows.L0), of.cells[rows.L1], d_cell(rows.L1), of.v, d_v)
+    return _product_rule(None, of.scale, None if d_log is None else of.scale * d_log, of.z, d_z)
 
 
 def _product_rule(
@@ -220,7 +280,7 @@ def _table_gradient(table: Tensor, index: Tensor | None, of_cell: Callable[[int]
 def transposed_terms(spec: Spec, given: Sequence[bool], needed: Sequence[bool]) -> list[tuple[int, int]] | None:
     """(argument, term) of the gradients wanted, where maps of the G_j yield them: no prediction, no guidance, no table,
     and no gradient of a coefficient. Else None."""
-    plain = not (spec.use_pred or spec.formula or given[M_UNCOND] or given[TABLE])
+    plain = not (spec.use_pred or spec.formula or any(given[slot] for slot in (M_UNCOND, TABLE, V, KNOWN)))
     if not plain or any(needed[FIRST_VALUE:]):
         return None
     slots = [(X, rows.X), (M, rows.M), (Z, rows.Z), *((FIRST_H + k, rows.H0 + k) for k in range(spec.n_h))]

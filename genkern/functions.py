@@ -30,7 +30,7 @@ from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
 from .lanes import drawn_once, over_lanes
 from .reference import formula as reference
-from .spec import FIRST_VALUE, M_UNCOND, TABLE, Spec, invoke, unpacked
+from .spec import FIRST_VALUE, KNOWN, M_UNCOND, TABLE, Spec, V, invoke, unpacked
 
 __all__ = [
     "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
@@ -117,7 +117,8 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 def _kept(spec: Spec, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What backward reads of the arguments: all, or the coefficients alone where the row is linear in them."""
-    linear = not (spec.use_pred or spec.formula or tensors[M_UNCOND] is not None or tensors[TABLE] is not None)
+    plain = all(tensors[slot] is None for slot in (M_UNCOND, TABLE, V, KNOWN))
+    linear = plain and not (spec.use_pred or spec.formula)
     values = tensors[FIRST_VALUE:]
     if (
         torch.compiler.is_compiling()

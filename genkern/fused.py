@@ -2,7 +2,8 @@
 
     m     = m_u + w (m_c - m_u)
     y     = clamp(a x + b m, lo, hi)
-    out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
+    r_j   = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j e z,    e = exp(l0 + l1 v), 1 without v
+    out_j = r_j + mask (p_j known + q_j z - r_j),                r_j without a mask
 
 torch tensors go to torch.ops.genkern, NumPy arrays to genkern._arrays, and either to the plain PyTorch reference where
 no kernel serves them. A term that is not given is never read.
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import check, eager, rows
+from .elementwise import checked as elementwise_terms
 from .noise import Noise, as_int64
 from .spec import Spec
 
@@ -26,7 +28,7 @@ AnyRow = rows.Row | rows.RowTable | rows.DDIMRow
 def apply_row(
     row: AnyRow, *, x: Any = None, m: Any = None, m_uncond: Any = None, h: Sequence[Any] = (), noise: Any = None,
     out: Any = None, dtypes: Sequence[Any] | None = None, size: Sequence[int] | None = None, device: Any = None,
-    uniform: bool = False, names: Sequence[str] = NAMES,
+    uniform: bool = False, names: Sequence[str] = NAMES, v: Any = None, known: Any = None, mask: Any = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """map: the outputs of a row.
 
@@ -43,20 +45,29 @@ def apply_row(
         size, device: of the outputs of a row of noise alone.
         uniform: draw uniforms in (0, 1) instead of normals.
         names: what to call x, m, m_uncond, noise and h in messages.
+        v: what the noise's scale exp(l0 + l1 v) is of, elementwise; needs noise.  [B, ...]
+        known: what an output is where the mask is 1, p known + q z, z the noise without its scale.  [B, ...]
+        mask: bool, or floating of 0 to 1, broadcastable to x's shape; beside known. Where it is 0 nothing of known is
+            in the output, where it is 1 nothing else, not even a NaN. It has no gradient.
 
     Returns:
         A tuple of one to three arrays, with a dense x's strides.
 
     Raises:
-        ValueError: shapes, devices or lengths that differ; a coefficient whose term is not given. TypeError: arrays of
-            mixed kinds or not floating.
+        ValueError: shapes, devices or lengths that differ; a coefficient whose term is not given; v or known without
+            coefficients, or without what goes with it; a mask outside [0, 1], or one that requires a gradient.
+            TypeError: arrays of mixed kinds or not floating.
     """
-    if not check.compiling() and eager.face is not None:
+    elementwise = v is not None or known is not None or mask is not None
+    if not elementwise and not check.compiling() and eager.face is not None:
         quick: tuple[Any, ...] | None = eager.face.map_row(row, x, m, m_uncond, h, noise, out, dtypes, 1 + uniform)
         if quick is not None:
             return quick
     packed = rows.pack(row)
-    given = _checked(packed, x, m, m_uncond, h, noise, size, device, names)
+    given = _checked(packed, x, m, m_uncond, h, noise, size, device, names, elementwise)
+    if elementwise or packed.scales_noise or packed.blended:
+        first = next((pair for pair in zip(_padded(names), given.arrays, strict=False) if pair[1] is not None), None)
+        given = given._replace(elementwise=elementwise_terms(packed, first, noise, v, known, mask))
     outs = None if out is None else (out,) if not isinstance(out, (tuple, list)) else tuple(out)
     n_out, like = packed.n_out, given.like
     if dtypes is None:
@@ -68,6 +79,7 @@ def apply_row(
             raise ValueError(f"out: expected {n_out} arrays, one an output, got {len(outs)}")
         labels = ["out"] if n_out == 1 else [f"out[{j}]" for j in range(n_out)]
         named = list(zip(_padded(names), given.arrays, strict=False))
+        named += zip(("v", "known", "mask"), given.elementwise, strict=True)
         check.outputs(
             list(zip(labels, outs, strict=True)), like if like is not None else outs[0], given.shape, dtypes, named
         )
@@ -87,7 +99,8 @@ def apply_row(
 
 
 def prepared(row: AnyRow, noise: Noise | None, like: Any, n_h: int, dtypes: Sequence[Any]) -> tuple[Spec, list[Any]]:
-    """A call laid out before its arrays exist: its spec, and its tensors with None for x, m, m_uncond, h and a given z.
+    """A call laid out before its arrays exist: its spec, and its tensors with None for x, m, m_uncond, h, a given z, v,
+    known and the mask.
 
     For loops that own what they pass, and so check nothing of it again (functions.run_map_out).
 
@@ -132,6 +145,8 @@ def reduce_row(
     packed = rows.pack(row)
     if packed.n_out != 1:
         raise ValueError(f"row: expected one output, the residual, got {packed.n_out}")
+    if packed.scales_noise or packed.blended:
+        raise ValueError("row: expected no elementwise coefficients in a residual")
     given = _checked(packed, x, m, m_uncond, h, noise, None, None, names)
     mask = None if mask is None else check.mask(mask, given.like)
     code = KINDS.index(check.choice("kind", kind, KINDS))
@@ -190,11 +205,12 @@ class _Given(NamedTuple):
     arrays: tuple[Any, ...]  # x, m, m_uncond, z, then h
     shape: tuple[int, ...]
     device: Any
+    elementwise: tuple[Any, Any, Any] = (None, None, None)  # v, known, mask
 
 
 def _checked(
     packed: rows.Packed, x: Any, m: Any, m_uncond: Any, h: Sequence[Any], noise: Any, size: Any, device: Any,
-    names: Sequence[str],
+    names: Sequence[str], elementwise: bool = False,
 ) -> _Given:  # fmt: skip
     if len(h) > rows.MAX_H:
         raise ValueError(f"h: expected at most {rows.MAX_H} tensors, got {len(h)}")
@@ -212,7 +228,8 @@ def _checked(
         numpy = check.is_array(like)
         given = _Given(numpy, like, arrays, like.shape, None if numpy else like.device)
     if packed.table is not None:
-        check.table(packed.table, packed.index, rows.n_cells(packed.n_out), like, given.shape[0])
+        width = rows.CELLS_ELEMENTWISE if elementwise else rows.n_cells(packed.n_out)
+        check.table(packed.table, packed.index, width, like, given.shape[0])
         return given
     if packed.n_h > len(h):
         raise ValueError(f"h: expected {packed.n_h} tensors, one for each of its coefficients, got {len(h)}")
@@ -264,10 +281,12 @@ def _call(
     alone = given.like is None
     spec = Spec(
         tuple(row), len(h), tuple(cells), tuple(scales), formula, draw, key, packed.use_pred, dtypes,
-        given.shape if alone else None, given.device if alone else None, kind,
+        given.shape if alone else None, given.device if alone else None, kind, blended=packed.blended,
     )  # fmt: skip
     no_h = (None, None, None)[len(h) :]
-    return spec, [x, m, z, m_uncond, *h, *no_h, packed.table, packed.index, device_key, sample_ids, *values]
+    return spec, [
+        x, m, z, m_uncond, *h, *no_h, packed.table, packed.index, device_key, sample_ids, *given.elementwise, *values,
+    ]  # fmt: skip
 
 
 def _ready(value: Any) -> Any:

@@ -2,10 +2,11 @@
 
     m     = m_u + w (m_c - m_u)
     y     = clamp(a x + b m, lo, hi)
-    out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
+    r_j   = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j e z,    e = exp(l0 + l1 v), 1 without v
+    out_j = r_j + mask (p_j known + q_j z - r_j),                r_j without a mask
 
-A coefficient is a number, or a tensor (array) of shape [B] or [1]. A row is packed into *cells*, the flat layout that
-the kernels know (docs/design.md, "Cells"; csrc/kernels/rows.h).
+A coefficient is a number, or a tensor (array) of shape [B] or [1]; e and the mask are what differs by element. A row is
+packed into *cells*, the flat layout that the kernels know (docs/design.md, "Cells"; csrc/kernels/rows.h).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ Y, X, M, H0, H1, H2, Z = range(OUT_CELLS)
 MAX_OUTS, MAX_H, MAX_VALUES = 3, 3, 12
 ALPHA_T, SIGMA_T, ALPHA_S, SIGMA_S, ETA = range(26, 31)
 CELLS_WITH_FORMULA = 31
+L0, L1, FIRST_KNOWN = 31, 32, 33  # of the elementwise coefficients; then p and q of every output
+P, Q = range(2)
+CELLS_ELEMENTWISE = 39
 
 FORMULA_NONE, FORMULA_DDIM = 0, {"epsilon": 1, "v": 2, "sample": 3}
 ROUNDING = 1e-6  # a variance this far below zero, relatively, is rounding (path values kept in float32)
@@ -38,6 +42,11 @@ def out_cell(out: int, term: int) -> int:
     return FIRST_OUT + OUT_CELLS * out + term
 
 
+def known_cell(out: int, term: int) -> int:
+    """The cell of p (term P) or q (term Q) of output `out`."""
+    return FIRST_KNOWN + 2 * out + term
+
+
 # Not frozen: that would make them three times as dear, and every call makes some.
 @dataclasses.dataclass(slots=True)
 class Out:
@@ -51,16 +60,31 @@ class Out:
 
 
 @dataclasses.dataclass(slots=True)
+class Elementwise:
+    """Coefficients of what differs by element.
+
+    log_scale: (l0, l1), the noise's scale e = exp(l0 + l1 v); None: 1.
+    known: (p, q) of every output, which is blended with k = p known + q z by the mask: k where that is 1; None for an
+        output that is left as it is. None: no output is blended.
+    """
+
+    log_scale: tuple[Coef, Coef] | None = None
+    known: tuple[tuple[Coef, Coef] | None, ...] | None = None
+
+
+@dataclasses.dataclass(slots=True)
 class Row:
     """One row: the prediction (a, b), its clamp, the guidance scale w, and one to three outputs.
 
     `pred` is None where no output uses y; a row that clamps has to have it. Bounds that are tensors have no gradient.
+    `elementwise` is None in all rows but those of v, or of known and a mask.
     """
 
     outs: tuple[Out, ...]
     pred: tuple[Coef, Coef] | None = None
     clip: tuple[Coef, Coef] | None = None
     guidance: Coef | None = None
+    elementwise: Elementwise | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +92,14 @@ class RowTable:
     """A table of packed rows [R, K] on the tensors' device, float32 (float64 for float64 arithmetic).
 
     index: None (R is 1 or B: a row a sample), or int64 [B], or int64 [1] in device memory: one row for all.
+    blended: beside known and a mask, the outputs that are blended: bit j is output j's.
     """
 
     table: Any
     n_out: int
     index: Any = None
     use_pred: bool = False
+    blended: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -121,6 +147,8 @@ class Packed(NamedTuple):
     table: Any = None
     index: Any = None
     n_h: int = 0  # how many h it has coefficients for
+    scales_noise: bool = False  # whether it has l0 and l1
+    blended: int = 0  # bits of the outputs that have p and q
 
     def uses(self, term: int) -> bool:
         """Whether a term has a coefficient other than 0, in an output or (x and m) in the prediction."""
@@ -140,7 +168,9 @@ def pack(row: Row | DDIMRow | RowTable) -> Packed:
         return _pack_row(row)
     if isinstance(row, DDIMRow):
         return _pack_ddim(row)
-    return Packed([], [], [], [], FORMULA_NONE, row.use_pred, row.n_out, None, row.table, row.index)
+    return Packed(
+        [], [], [], [], FORMULA_NONE, row.use_pred, row.n_out, None, row.table, row.index, blended=row.blended
+    )  # fmt: skip
 
 
 def host_table(rows: Sequence[Row | DDIMRow]) -> tuple[list[list[float]], bool]:
@@ -152,6 +182,8 @@ def host_table(rows: Sequence[Row | DDIMRow]) -> tuple[list[list[float]], bool]:
     for k, p in enumerate(packed):
         if p.values or p.table is not None or p.n_out != packed[0].n_out:
             raise ValueError(f"rows[{k}]: expected host numbers and {packed[0].n_out} outputs")
+        if (p.scales_noise, p.blended) != (packed[0].scales_noise, packed[0].blended):
+            raise ValueError(f"rows[{k}]: expected elementwise coefficients where rows[0] has them, and nowhere else")
     use_pred = any(p.use_pred for p in packed)
     if use_pred:
         packed = [_pack_ddim(row, True) if isinstance(row, DDIMRow) else _pack_row(row, True) for row in rows]
@@ -175,6 +207,9 @@ def _pack_row(row: Row, use_pred: bool | None = None) -> Packed:
         cells += (out.y, out.x, out.m, h0, h1, h2, out.z)
     if n_h > MAX_H:
         raise ValueError(f"h: expected at most {MAX_H} coefficients in an output, got {n_h}")
+    n_base, scales_noise, blended = len(cells), False, 0
+    if row.elementwise is not None:
+        scales_noise, blended = _add_elementwise(row.elementwise, len(outs), cells)
     values: list[Any] = []
     where: list[int] = []
     scales: list[float] = []
@@ -191,15 +226,37 @@ def _pack_row(row: Row, use_pred: bool | None = None) -> Packed:
             cells[cell] = 0.0
         else:
             cells[cell] = scale * float(value)
-    firsts = range(FIRST_OUT, len(cells), OUT_CELLS)
+    firsts = range(FIRST_OUT, n_base, OUT_CELLS)
     if pred is None and clip is not None:
         raise ValueError("pred: expected (a, b) in a row that clamps, got None")
     if use_pred is None:
         use_pred = pred is not None and any(cells[f + Y] != 0.0 or f + Y in where for f in firsts)
         if use_pred and clip is None and _fold(cells, where, firsts):
             use_pred = False
-    draws = any(cells[FIRST_OUT + Z :: OUT_CELLS]) or any(f + Z in where for f in firsts if where)
-    return Packed(cells, values, where, scales, FORMULA_NONE, use_pred, len(outs), draws, None, None, n_h)
+    draws = any(cells[FIRST_OUT + Z : n_base : OUT_CELLS]) or any(f + Z in where for f in firsts if where)
+    if blended and not draws:
+        draws = any(cells[c] != 0.0 or c in where for c in range(known_cell(0, Q), CELLS_ELEMENTWISE, 2))
+    return Packed(
+        cells, values, where, scales, FORMULA_NONE, use_pred, len(outs), draws, None, None, n_h, scales_noise, blended
+    )  # fmt: skip
+
+
+def _add_elementwise(elementwise: Elementwise, n_out: int, cells: list[Any]) -> tuple[bool, int]:
+    """Appends the elementwise cells; whether the noise has a scale, and which outputs are blended."""
+    cells += [0.0] * (CELLS_ELEMENTWISE - len(cells))
+    log_scale, known, blended = elementwise.log_scale, elementwise.known, 0
+    if log_scale is not None:
+        cells[L0 : L1 + 1] = log_scale
+    if known is not None:
+        if len(known) != n_out:
+            raise ValueError(f"known: expected (p, q) or None for each of {n_out} outputs, got {len(known)}")
+        for j, weights in enumerate(known):
+            if weights is not None:
+                cells[known_cell(j, P) : known_cell(j, Q) + 1] = weights
+                blended |= 1 << j
+    if log_scale is None and not blended:
+        raise ValueError("elementwise: expected a log_scale, or (p, q) of an output, got neither")
+    return log_scale is not None, blended
 
 
 def _not_zero(value: Coef) -> bool:

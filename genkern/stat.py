@@ -99,6 +99,8 @@ def _laid_out(
 ) -> tuple[Spec, int, list[Any], bool]:
     """A call: its spec, its number of outputs, its arrays, and whether they are NumPy's."""
     packed = rows.pack(row)
+    if isinstance(row, rows.Row) and row.elementwise is not None:
+        raise ValueError("row: expected no elementwise coefficients in a statistic")
     if isinstance(noise, Noise) or (noise is None and packed.draws):
         raise ValueError(f"noise: expected a tensor in a statistic, got {noise}")
     given = _checked(packed, x, m, m_uncond, h, noise, None, None, names)

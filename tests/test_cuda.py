@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import genkern as gk
-from genkern import _library, eager
+from genkern import _library, eager, fused, rows
 from genkern.reference.noise import randn_at
 
 pytestmark = [
@@ -39,6 +39,31 @@ def test_map_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
         return gk.ops.ddim_step(*values, 1.0, 0.05, eta=0.01, noise=noise, clip=(-1.0, 1.0)).cpu()
 
     assert torch.equal(step("cpu"), step("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("order", ["plain", "channels_last", "halves"])
+def test_elementwise_terms_have_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype, order: str) -> None:
+    """The exponential over 2^22 numbers from -120 to 100, and a mask of 0, 1 and between."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (8, 8, 256, 256)
+    x, known = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    out = torch.randn((8, 16, 256, 256), generator=generator)
+    out[:, 8:] = torch.linspace(-120.0, 100.0, x.numel()).reshape(shape)
+    out = out.to(torch.bfloat16 if dtype == torch.float32 else dtype)
+    m, v = out.chunk(2, dim=1) if order == "halves" else (half.contiguous() for half in out.chunk(2, dim=1))
+    mask = torch.rand(shape, generator=generator).mul(3.0).sub(1.0).clamp(0.0, 1.0).to(dtype)
+    if order == "channels_last":
+        x, m, v, known, mask = (t.contiguous(memory_format=torch.channels_last) for t in (x, m, v, known, mask))
+    elementwise = rows.Elementwise((0.0, 0.9), ((0.6, 0.8),))
+    row = rows.Row((rows.Out(x=0.9, m=-0.3, z=0.5),), elementwise=elementwise)
+
+    def step(device: str, mask: torch.Tensor) -> torch.Tensor:
+        terms = {name: t.to(device) for name, t in (("x", x), ("m", m), ("v", v), ("known", known), ("mask", mask))}
+        return fused.apply_row(row, **terms, noise=gk.Noise(seed=5))[0].cpu()
+
+    for weights in (mask, mask > 0.5):
+        torch.testing.assert_close(step("cuda", weights), step("cpu", weights), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("times", ["uniform", "stratified", "antithetic"])

@@ -48,7 +48,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled comparisons."""
     build = tmp_path_factory.mktemp("emulation")
     jobs: list[list[str]] = []
-    for kernel in ("map", "reduce", "stat", "quantile"):
+    for kernel in ("map", "map_elementwise", "reduce", "stat", "quantile"):
         emulated = build / f"{kernel}_cuda.cpp"
         subprocess.run([sys.executable, EMULATION / "prepare.py", KERNELS / f"{kernel}_cuda.cu", emulated], check=True)
         jobs.append([*FLAGS, "-mfma", "-c", str(emulated), "-o", str(build / f"{kernel}_cuda.o")])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_samplers import SHAPE, Recorder, every_family, rotating, runs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern as gk
 from genkern import grids
@@ -113,22 +114,22 @@ MASK[:, 1:, :2] = 1.0
 SOFT = torch.linspace(0.0, 1.0, 4)
 
 
-def blended(method, x, t, k, last, mask, seed, dtype):
-    """The blend as it is written: what is known, noised to time t with step k's noise."""
-    z = gk.ops.randn(SHAPE, noise=Noise(seed).at(Purpose.KNOWN, k), dtype=dtype)
+def blended(method, x, t, last, mask, z):
+    """The blend as it is written: what is known, noised to time t with z."""
     alpha, sigma = (1.0, 0.0) if last else scales_of(method, t)
-    return mask * x + (1.0 - mask) * (alpha * DATA.to(dtype) + sigma * z)
+    return mask * x + (1.0 - mask) * (alpha * DATA.to(z.dtype) + sigma * z)
 
 
 @pytest.mark.parametrize("mask", [MASK, SOFT], ids=["hard", "soft"])
-def test_inpainting_is_the_blend_after_every_step(mask, path):
+def test_inpainting_is_the_blend_of_every_step_with_one_noise(mask, path):
     f64, mask, seed = torch.float64, mask.double(), 5
     options = {"mask": mask, "known": DATA, "seed": seed, "dtype": f64, "steps": 4}
     flow = gk.FlowMatching(sigma_min=0.1)
     x = gk.ops.randn(SHAPE, noise=Noise(seed).at(Purpose.INITIAL), dtype=f64)
     for k in range(4):
         x = x + 0.25 * rotating(x, torch.full((5,), 0.25 * k))
-        x = blended(flow, x, 0.25 * (k + 1), k, k == 3, mask, seed, f64)
+        z = gk.ops.randn(SHAPE, noise=Noise(seed).at(Purpose.KNOWN, k), dtype=f64)  # a step without noise of its own
+        x = blended(flow, x, 0.25 * (k + 1), k == 3, mask, z)
     torch.testing.assert_close(flow.sample(rotating, SHAPE, **options), x)
 
     diffusion = gk.Diffusion()
@@ -139,8 +140,45 @@ def test_inpainting_is_the_blend_after_every_step(mask, path):
         z = gk.ops.randn(SHAPE, noise=Noise(seed).at(Purpose.STEP, k), dtype=f64)
         ends = (*scales_of(diffusion, t), *scales_of(diffusion, s))
         x = gk.reference.ddim_step(x, epsilon, *ends, eta=0.7, noise=z)
-        x = blended(diffusion, x, s, k, k == 3, mask, seed, f64)
+        x = blended(diffusion, x, s, k == 3, mask, z)
     torch.testing.assert_close(diffusion.sample(rotating, SHAPE, eta=0.7, **options), x)
+
+
+def test_noise_given_for_a_step_is_that_of_what_is_known():
+    given = torch.randn(4, *SHAPE)
+    options = {"mask": torch.zeros(SHAPE), "known": DATA, "seed": 1, "eta": 1.0, "steps": 4, "return_trajectory": True}
+    _, trajectory = gk.Diffusion().sample(rotating, SHAPE, step_noise=given, **options)
+    for k, t in enumerate((749, 499, 249)):
+        alpha, sigma = scales_of(gk.Diffusion(), t)
+        torch.testing.assert_close(trajectory[k + 1], alpha * DATA + sigma * given[k])
+
+
+class Passes(TorchDispatchMode):
+    """Counts what is asked of the kernels, and what else reads or writes a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.others = 0, set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.kernel += op.namespace == "genkern"
+        if op.namespace != "genkern" and any(isinstance(t, torch.Tensor) and t.shape == SHAPE for t in args):
+            self.others.add(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"model_dtype": torch.bfloat16}, {"sampler": "dpmpp_2m"}])
+def test_inpainting_takes_no_pass_beside_the_steps(options, kernels):
+    def model(x, t):
+        return x
+
+    counts = []
+    for more in ({}, {"mask": MASK.bool(), "known": DATA}):
+        with Passes() as passes:
+            gk.Diffusion().sample(model, SHAPE, steps=5, seed=0, **options, **more)
+        counts.append(passes.kernel)
+    assert counts == [6, 6]
+    assert not {name for name in passes.others if "lerp" in name or "mul" in name or "add" in name}
 
 
 @every_family
@@ -181,6 +219,14 @@ def test_generated_part_is_the_samplers_own_where_the_network_is_local():
     plain = gk.Diffusion().sample(local, SHAPE, steps=5, seed=1, eta=1.0)
     part = gk.Diffusion().sample(local, SHAPE, steps=5, seed=1, eta=1.0, mask=MASK, known=DATA)
     assert torch.equal(part[MASK == 1.0], plain[MASK == 1.0])
+
+
+def test_a_mask_that_requires_a_gradient_is_refused():
+    mask = SOFT.clone().requires_grad_()
+    options = {"steps": 2, "seed": 0, "mask": mask, "known": DATA}
+    assert not gk.FlowMatching().sample(rotating, SHAPE, **options).requires_grad
+    with pytest.raises(ValueError, match="mask: expected a tensor that requires no gradient"):
+        gk.FlowMatching().sample(rotating, SHAPE, **options, differentiable=True)
 
 
 def test_inpainting_keeps_the_gradient():

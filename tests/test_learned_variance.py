@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_editing import Passes
 from torch import distributions as D
 from torch import nn
 
@@ -201,16 +202,32 @@ def test_a_step_without_noise_has_none_where_alpha_0_is_alpha_1():
     assert learned.vlb(model, x, noise=Noise(3)).steps.isfinite().all()
 
 
-def test_captured_a_learned_variance_runs_as_it_is_with_one_warning(captures):
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"return_trajectory": True, "clip": 1.0},
+        {"step_noise": torch.randn(6, *SHAPE)},
+        {"mask": torch.eye(5)[:2] > 0.0, "known": torch.ones(SHAPE)},
+        {"cond": {"y": torch.ones(4)}, "uncond": {"y": torch.zeros(4)}, "guidance_scale": 2.0},
+    ],
+    ids=["plain", "trajectory", "given noise", "inpainting", "guided"],
+)
+def test_captured_a_learned_variance_has_the_bits_of_the_uncaptured_loop(dtype, more, captures):
     diffusion, model = diffusions()["learned_range"], Doubled()
-    options = {"steps": 6, "sampler": "ddpm", "seed": 2, "dtype": F64}
-    wanted = diffusion.sample(model, SHAPE, **options)
     loop = gk.Loop(diffusion, model)
-    with pytest.warns(UserWarning, match="Doubled runs uncaptured: the noise of a learned variance") as found:
-        for _ in range(3):
-            assert torch.equal(loop.sample(SHAPE, **options), wanted)
-    assert len(found) == 1
-    assert "learned variance" in loop.refusal
+    for graph in (loop, True):
+        made = None
+        for seed in range(3):
+            options = {"steps": 6, "sampler": "ddpm", "seed": seed, "dtype": dtype, **more}
+            wanted = diffusion.sample(model, SHAPE, **options)
+            found = diffusion.sample(model, SHAPE, cuda_graph=graph, **options)
+            for a, b in zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]:
+                assert torch.equal(a, b)
+            made = made or [len(capture.graphs) for capture in captures]
+            assert [len(capture.graphs) for capture in captures] == made
+    assert loop.captured == 1 and loop.refusal is None
 
 
 def test_captured_other_samplers_keep_their_capture(captures):
@@ -240,6 +257,37 @@ def test_a_learned_variance_is_that_of_data_to_start_from_too():
         diffusion.sample(constant(v), init=x, strength=0.5, steps=4, sampler="ddpm", seed=2) for v in (-1.0, 1.0)
     )
     assert not torch.equal(one, other)
+
+
+def test_a_learned_variance_is_the_same_in_any_split_of_the_batch():
+    diffusion, model = diffusions()["learned_range"], Doubled()
+    options = {"steps": 4, "sampler": "ddpm", "seed": 5, "dtype": F64}
+    whole = diffusion.sample(model, SHAPE, **options)
+    torch.testing.assert_close(diffusion.sample(model, SHAPE, batch_size=3, **options), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_of_a_learned_variance_is_one_pass(kernels):
+    with Passes() as passes:
+        diffusions()["learned_range"].sample(constant(0.3), SHAPE, steps=5, sampler="ddpm", seed=0)
+    assert passes.kernel == 6
+
+
+@pytest.mark.parametrize("interval", [(0.0, 7.0), (2.0, 5.0)])
+def test_guidance_in_an_interval_has_the_range_of_the_condition(interval):
+    diffusion, model = diffusions()["learned_range"], Doubled()
+    y, null, x = torch.linspace(0.0, 1.0, 4, dtype=F64), torch.zeros(4, dtype=F64), torch.randn(SHAPE, dtype=F64)
+
+    def manual(x, t):
+        m, v = model(x, t, y).chunk(2, 1)
+        m_u, _ = model(x, t, null).chunk(2, 1)
+        inside = (t >= interval[0]) & (t <= interval[1])
+        return torch.cat([torch.where(inside.reshape(-1, 1, 1), m_u + 2.0 * (m - m_u), m), v], 1)
+
+    options = {"noise": x, "steps": 4, "sampler": "ddpm", "seed": 5, "dtype": F64}
+    guided = diffusion.sample(
+        model, cond={"y": y}, uncond={"y": null}, guidance_scale=2.0, guidance_interval=interval, **options
+    )
+    torch.testing.assert_close(guided, diffusion.sample(manual, **options))
 
 
 def test_under_guidance_the_range_is_the_conditional_ones():
@@ -295,9 +343,7 @@ def ddpm(**options):
 @pytest.mark.parametrize("make, words", [
     (lambda: gk.Diffusion("continuous_vp", variance="learned_range"), "variance: expected a fixed one in continuous"),
     (lambda: gk.Diffusion(variance="learned"), "variance: expected one of 'fixed_small', 'fixed_large', 'learned_r"),
-    (lambda: diffusions()["learned_range"].sample(constant(0.0), SHAPE, sampler="ddpm", batch_size=2), "batch_size: "),
     (lambda: diffusions()["learned_range"].vlb(constant(0.0), torch.zeros(SHAPE), eta=0.5), "posterior_std, eta, sig"),
-    (lambda: ddpm(guidance_scale=2.0, cond={}, uncond={}, guidance_interval=(1, 3)), "guidance_interval: expected"),
     (lambda: ddpm(guidance_scale=[2.0, 1.0], cond=[{}, {}], uncond={}), "cond: expected one condition with a learned"),
     (lambda: ddpm(step_noise=torch.zeros(2, *SHAPE), steps=4), r"step_noise: expected shape \(4, 4, 2, 5\), \[steps"),
     (lambda: ddpm(step_noise=lambda k: torch.zeros(2), steps=4), r"step_noise: expected shape \(4, 2, 5\) of step 0"),

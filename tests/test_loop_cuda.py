@@ -416,3 +416,38 @@ def test_the_mode_of_a_loop_follows_the_time_of_a_step(monkeypatch):
     (one,), (other,) = ([e.plan for e in loop._captures._entries] for loop in (short, long))
     assert one._short is True and one._whole is not None
     assert other._short is False and other._whole is None
+
+
+@every_family
+@pytest.mark.parametrize("flags", [False, True])
+def test_inpainting_is_captured_in_the_steps_passes(family, flags):
+    sample, mask = runs()[family], torch.linspace(0.0, 1.0, 4, device="cuda")
+
+    def model(x, t):
+        return rotating(x, t)
+
+    for seed in range(3):
+        known = torch.randn((5, 3, 4), device="cuda")
+        options = {"mask": mask > 0.5 if flags else mask, "known": known, "seed": seed, "device": "cuda"}
+        same(sample(model, **options, cuda_graph=True), sample(model, **options))
+
+
+def test_a_learned_variance_is_captured():
+    diffusion, model = gk.Diffusion(variance="learned_range"), Doubled().cuda().eval().requires_grad_(False)
+    loop = gk.Loop(diffusion, model)
+    for seed in range(3):
+        options = {"steps": 5, "sampler": "ddpm", "seed": seed}
+        same(loop.sample((8, 2, 64), **options), diffusion.sample(model, (8, 2, 64), **options))
+    assert loop.captured == 1 and loop.refusal is None
+
+
+class Doubled(nn.Module):
+    """A network of doubled channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.range = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, t):
+        scale = (1.0 + 1e-3 * t.to(x.dtype)).reshape(-1, 1, 1)
+        return torch.cat([self.mean(x).tanh() * scale, self.range(x).tanh()], dim=1)

@@ -1,14 +1,15 @@
-"""Derives the polynomials of csrc/kernels/philox.h and prints them as they stand there, with their error bounds.
+"""Derives the polynomials of csrc/kernels/philox.h and exp.h and prints them as they stand there, with their errors.
 
     -2 log(1 + f)    = -2 f + f^2 R(f)      sqrt(1/2) - 1 <= f <= sqrt(2) - 1, absolute error
     sin(pi/4 v)      = v S(v^2)             -1 <= v <= 1, relative error
     cos(pi/4 v)      = 1 + v^2 C(v^2)       -1 <= v <= 1, relative error
+    exp(r)           = 1 + r + r^2 Q(r)     -log(2) / 2 <= r <= log(2) / 2, relative error; in float32 and in float64
 
 Each is the polynomial whose largest weighted error is least (Remez's exchange), in exact enough arithmetic (mpmath).
-A coefficient is stored in float32. Where t >= 0 the lowest is rounded, the others are fitted again with it fixed, and
-so on; around t = 0 the powers left over are no Chebyshev system, and all are rounded at once. The bounds printed are
-those of the rounded polynomials, evaluated exactly: what float32 arithmetic adds is measured by
-tests/test_noise_native.py.
+A coefficient is stored in float32, those of the second exp in float64. Where t >= 0 the lowest is rounded, the others
+are fitted again with it fixed, and so on; around t = 0 the powers left over are no Chebyshev system, and all are
+rounded at once. The bounds printed are those of the rounded polynomials, evaluated exactly: what the arithmetic adds is
+measured by tests/test_noise_native.py and tests/test_elementwise.py.
 
     python tools/minimax.py
 
@@ -38,6 +39,7 @@ class Problem:
     terms: int
     target: Callable[[mpf], mpf]
     weight: Callable[[mpf], mpf]
+    double: bool = False  # whether its coefficients are float64
 
 
 def _log_target(f: mpf) -> mpf:
@@ -54,10 +56,17 @@ def _cos_target(t: mpf) -> mpf:
     return (mp.cos(mp.pi / 4 * mp.sqrt(t)) - 1) / t if t > mpf(2) ** -40 else -a2 / 2
 
 
+def _exp_target(r: mpf) -> mpf:
+    return (mp.expm1(r) - r) / r**2 if abs(r) > mpf(2) ** -30 else mpf(1) / 2 + r / 6
+
+
+HALF_LN2 = mp.log(2) / 2
 PROBLEMS = (
     Problem("kLog", mp.sqrt(mpf(1) / 2) - 1, mp.sqrt(2) - 1, 7, _log_target, lambda f: f * f),
     Problem("kSin", mpf(0), mpf(1), 4, _sin_target, lambda t: 1 / _sin_target(t)),
     Problem("kCos", mpf(0), mpf(1), 3, _cos_target, lambda t: t / mp.cos(mp.pi / 4 * mp.sqrt(t))),
+    Problem("kExpF", -HALF_LN2, HALF_LN2, 5, _exp_target, lambda r: r * r / mp.exp(r)),
+    Problem("kExpD", -HALF_LN2, HALF_LN2, 10, _exp_target, lambda r: r * r / mp.exp(r), double=True),
 )
 
 
@@ -124,11 +133,12 @@ def _exchange(errors: Sequence[mpf], count: int) -> list[int]:
 
 
 def solve(problem: Problem) -> tuple[list[float], float, float]:
-    """float32 coefficients, lowest first; their weighted error; the error before rounding."""
+    """The rounded coefficients, lowest first; their weighted error; the error before rounding."""
     rounded: list[float] = []
     coefficients, ideal = fit(problem, rounded)
     while len(rounded) < problem.terms:
-        rounded.append(float32(coefficients[len(rounded)]))
+        c = coefficients[len(rounded)]
+        rounded.append(float(c) if problem.double else float32(c))
         if problem.lo >= 0 and len(rounded) < problem.terms:
             coefficients, _ = fit(problem, rounded)
     values = [mpf(c) for c in rounded]
@@ -136,23 +146,36 @@ def solve(problem: Problem) -> tuple[list[float], float, float]:
     return rounded, float(error), float(ideal)
 
 
-def c_literal(value: float) -> str:
-    """A hexadecimal float32 literal of C++17."""
+def c_literal(value: float, suffix: str = "f") -> str:
+    """A hexadecimal literal of C++17, of float32 or, without the suffix, of float64."""
     mantissa, exponent = value.hex().split("p")
     if "." in mantissa:
         mantissa = mantissa.rstrip("0").rstrip(".")
-    return f"{mantissa}p{exponent}f"
+    return f"{mantissa}p{exponent}{suffix}"
+
+
+def in_bits(value: mpf, bits: int) -> mpf:
+    """The nearest number of so many significant bits."""
+    unit = mpf(2) ** (mp.floor(mp.log(value, 2)) + 1 - bits)
+    return mp.nint(value / unit) * unit
 
 
 def lines() -> list[str]:
-    """The definitions, as they stand in philox.h."""
+    """The definitions, as they stand in philox.h and exp.h."""
     text = []
     for problem in PROBLEMS:
         coefficients, error, ideal = solve(problem)
         text.append(f"// largest weighted error {error:.1e} ({ideal:.1e} before the coefficients were rounded)")
-        names = [f"{problem.name}{k} = {c_literal(c)}" for k, c in enumerate(coefficients)]
-        text += [f"constexpr float {name};" for name in names]
+        kind, suffix = ("double", "") if problem.double else ("float", "f")
+        names = [f"{problem.name}{k} = {c_literal(c, suffix)}" for k, c in enumerate(coefficients)]
+        text += [f"constexpr {kind} {name};" for name in names]
     text.append(f"constexpr float kMinus2Ln2 = {c_literal(float32(-2 * mp.log(2) * mpf(2) ** -23))};")
+    # log(2) as the sum of two numbers, the first so short that n times it is exact, |n| <= 150 or 1076.
+    for tag, kind, suffix, short, rounded in (("F", "float", "f", 15, float32), ("D", "double", "", 40, float)):
+        high = in_bits(mp.log(2), short)
+        text.append(f"constexpr {kind} kLog2E{tag} = {c_literal(rounded(1 / mp.log(2)), suffix)};")
+        text.append(f"constexpr {kind} kLn2High{tag} = {c_literal(rounded(high), suffix)};")
+        text.append(f"constexpr {kind} kLn2Low{tag} = {c_literal(rounded(mp.log(2) - high), suffix)};")
     return text
 
 

@@ -75,6 +75,9 @@ struct Call {
   bool use_pred = false;
   MaybeView mask;
   std::vector<View> out;
+  // Of map alone: what its elementwise coefficients are of, beside the mask, and bits of the outputs that are blended.
+  MaybeView v, known;
+  int64_t blended = 0;
 };
 
 inline DType floating(const View& v, const char* name) {
@@ -159,6 +162,9 @@ inline void expect_outputs_apart(const Call& call) {
     apart(call.m, "m");
     apart(call.m_uncond, "m_uncond");
     apart(call.z, "z");
+    apart(call.v, "v");
+    apart(call.known, "known");
+    if (call.known) apart(call.mask, "mask");
     for (const View& h : call.h) expect_apart(out, h, "h");
     for (size_t k = 0; k < j; ++k) {
       expect(out.data != call.out[k].data, "out: expected outputs apart from each other");
@@ -193,14 +199,15 @@ inline void set_table(const Call& call, const View& like, int n_cells, int64_t b
 }
 
 inline void set_rows(const Call& call, const View& like, int n_out, int64_t batch, bool f64, RowSource& rows) {
-  const int n_cells = kFirstOut + kOutCells * n_out;
+  const bool elementwise = call.v || call.known;
+  const int n_cells = elementwise ? kRowCells : kFirstOut + kOutCells * n_out;
   expect(call.formula >= 0 && call.formula <= 3, "formula: expected 0 to 3, got ", call.formula);
   rows.n_cells = n_cells;
   rows.formula = static_cast<Formula>(call.formula);
   if (call.table) return set_table(call, like, n_cells, batch, f64, rows);
 
   const bool formula = call.formula != 0;
-  const size_t expected = formula ? kAllCells : n_cells;
+  const size_t expected = formula && !elementwise ? kAllCells : n_cells;
   expect(call.row.size() == expected, "row: expected ", expected, " cells, got ", call.row.size());
   for (size_t c = 0; c < expected; ++c) rows.base[c] = call.row[c];
   expect(call.values.size() == call.cells.size() && call.values.size() == call.scales.size() &&
@@ -211,8 +218,8 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
     const View& value = call.values[k];
     const int64_t cell = call.cells[k], n = value.numel();
     expect_device(value, like, "values");
-    expect((cell >= 0 && cell < n_cells) || (formula && cell >= kMaxCells && cell < kAllCells), "cells: ", cell,
-           " is no cell of this row");
+    const bool of_path = cell >= kMaxCells && cell < kAllCells;
+    expect(of_path ? formula : cell >= 0 && cell < n_cells, "cells: ", cell, " is no cell of this row");
     expect(n == 1 || n == batch, "values: expected 1 or ", batch, " elements, got ", n);
     const DType dtype = floating(value, "values");
     expect((dtype == DType::f32 || dtype == DType::f64) && value.contiguous(),
@@ -251,6 +258,16 @@ inline const View& like_of(const Call& call) {
   return call.out[0];
 }
 
+// v, known and the mask beside it.
+inline void set_elementwise(const Call& call, MapArgs& args) {
+  expect(!call.v || call.z || call.noise != 0, "v: expected noise that it scales");
+  const int64_t all = (int64_t{1} << args.n_out) - 1;
+  expect(call.known ? call.blended > 0 && call.blended <= all : call.blended == 0, "blended: expected ",
+         call.known ? "bits of the outputs" : "0 without known", ", got ", call.blended);
+  expect(!call.known || call.mask, "mask: expected one beside known");
+  args.blended = static_cast<uint32_t>(call.blended);
+}
+
 // The kernel's arguments for a row with n_out outputs, which lie in call.out or nowhere; they point into call's views.
 inline MapArgs make_args(const Call& call, int64_t n_out) {
   expect(n_out >= 1 && n_out <= kMaxOuts, "out: expected 1 to 3 outputs, got ", n_out);
@@ -272,6 +289,8 @@ inline MapArgs make_args(const Call& call, int64_t n_out) {
   set(kM, call.m, "m");
   set(kMUncond, call.m_uncond, "m_uncond");
   set(kZ, call.z, "z");
+  set(kV, call.v, "v");
+  set(kKnownData, call.known, "known");
   expect(!call.m_uncond || call.m, "m_uncond: expected m beside it");
   expect(call.x || call.m || call.z || call.noise != 0 || !call.h.empty(), "x: expected at least one term");
   expect(!call.use_pred || call.x || call.m, "use_pred: expected x or m");
@@ -285,6 +304,7 @@ inline MapArgs make_args(const Call& call, int64_t n_out) {
     if (boolean) args.in[kMask].dtype = DType::u8;
   }
   args.n_out = static_cast<int32_t>(n_out);
+  set_elementwise(call, args);
   for (size_t j = 0; j < call.out.size(); ++j) args.out[j] = array_of(call.out[j], like, "out");
   expect_outputs_apart(call);
   args.use_pred = call.use_pred;

@@ -2,8 +2,8 @@
 // it).
 //
 // 64-bit words, the bytes in the order of memory:
-//   a byte each of formula, noise, use_pred, kind, lengths of row and of values, 0, 0; seed; stream; draw; row; cells;
-//   scales.
+//   a byte each of formula, noise, use_pred, kind, lengths of row and of values, blended, 0; seed; stream; draw; row;
+//   cells; scales.
 #pragma once
 
 #include <array>
@@ -47,6 +47,7 @@ inline int64_t read_numbers(const char* bytes, size_t size, Call& call) {
   call.formula = head[0];
   call.noise = head[1];
   call.use_pred = head[2] != 0;
+  call.blended = head[6];
   take(call.key, 3);
   take(call.row, n_row);
   take(call.cells, n_values);
@@ -58,7 +59,8 @@ inline int64_t read_numbers(const char* bytes, size_t size, Call& call) {
 inline std::string write_numbers(const Call& call, int64_t kind) {
   const uint8_t head[8] = {static_cast<uint8_t>(call.formula),    static_cast<uint8_t>(call.noise),
                            static_cast<uint8_t>(call.use_pred),   static_cast<uint8_t>(kind),
-                           static_cast<uint8_t>(call.row.size()), static_cast<uint8_t>(call.cells.size())};
+                           static_cast<uint8_t>(call.row.size()), static_cast<uint8_t>(call.cells.size()),
+                           static_cast<uint8_t>(call.blended)};
   std::string bytes(reinterpret_cast<const char*>(head), sizeof(head));
   auto put = [&bytes](const auto& from) {
     bytes.append(reinterpret_cast<const char*>(from.data()), from.size() * sizeof(from[0]));

@@ -147,7 +147,7 @@ inline void make_plan(const MapArgs& args, const Walk& walk, Plan& plan) {
   bool buffered = args.noise.draw_kind != Draw::none;
   for (int k = 0; k < kWalkArrays; ++k) {
     plan.dense[k] = is_dense(walk, k);
-    if (given(args, k) && k != kMask) buffered = buffered || !plan.dense[k];
+    if (given(args, k)) buffered = buffered || !plan.dense[k] || k == kMask;  // a mask is always brought to a buffer
   }
   plan.block = buffered ? kBlock : kChunk;
   if (args.noise.draw_kind != Draw::none && !plan.dense[kIndex]) plan.tiles = find_tiles(walk);
@@ -176,13 +176,28 @@ void set_inputs(const MapArgs& args, const Plan& plan, const Span& span, const A
   if (z != nullptr) pass.in[kZ] = {z, DType::f32};
 }
 
+// v, known and the mask of a block.
+template <typename Acc>
+void set_elementwise(const MapArgs& args, const Plan& plan, const Span& span, Buffers<Acc>& buffers,
+                     ElementwisePass<Acc>& pass) {
+  const auto set = [&](int k, Operand& to) {
+    to = {nullptr, dtype_of<Acc>()};
+    if (args.in[k].data == nullptr) return;
+    const bool buffered = !plan.dense[k] || k == kMask;
+    if (buffered) load(span, k, args.in[k], buffers.in[k]);
+    to = buffered ? Operand{buffers.in[k], dtype_of<Acc>()} : operand(plan, span, k, args.in[k], buffers.in[k]);
+  };
+  set(kV, pass.v), set(kKnownData, pass.known), set(kMask, pass.mask);
+  pass.blended = args.blended;
+}
+
 // Calls body(task, span, cells, z) for every block of tasks [begin, end), in order; z is null where none is drawn.
 template <typename Acc, typename Body>
 void for_each_block(const MapArgs& args, const Walk& walk, const Plan& plan, int64_t block, int64_t begin, int64_t end,
                     NoiseBuffers& buffers, Body body) {
   const int64_t chunks = chunks_per_sample(walk.n);
   const bool by_tiles = plan.tiles.inner > 0;
-  Acc cells[kMaxCells];
+  Acc cells[kRowCells];
   SampleNoise noise{};
   int64_t loaded = -1;
   for (int64_t task = begin; task < end; ++task) {

@@ -19,13 +19,14 @@ __host__ __device__ constexpr int size_of(DType dtype) {
 
 // Terms of a known pass: the inputs that are given, by number; normals drawn; data predicted; whether its output is a
 // residual; outputs.
-constexpr uint32_t kDrawn = 1u << 8, kPredicted = 1u << 9, kResidual = 1u << 10;
-constexpr int kOutsShift = 11;
+constexpr uint32_t kDrawn = 1u << kInputs, kPredicted = kDrawn << 1, kResidual = kDrawn << 2;
+constexpr int kOutsShift = kInputs + 3;
 
 constexpr uint32_t terms(int n_out, uint32_t others) { return others | static_cast<uint32_t>(n_out) << kOutsShift; }
 constexpr uint32_t residual(uint32_t others) { return terms(1, others | kResidual); }
 
 constexpr uint32_t X = 1u << kX, M = 1u << kM, U = 1u << kMUncond, H = 1u << kH0, Z = 1u << kZ, Mask = 1u << kMask;
+constexpr uint32_t Scaled = 1u << kV, Blended = 1u << kKnownData | Mask;
 
 // Two outputs: the state and the network's next input, or the noise, or a prediction that is kept.
 constexpr uint32_t kMapTerms[] = {
@@ -53,6 +54,19 @@ constexpr uint32_t kMapTerms[] = {
     terms(3, X | M | H | kPredicted),
 };
 
+// With elementwise coefficients, in float32 or beside a network of 16 bits: DDPM with a learned variance; inpainting.
+constexpr uint32_t kElementwiseTerms[] = {
+    terms(1, X | M | Scaled | kDrawn),
+    terms(2, X | M | Scaled | kDrawn),
+    terms(1, X | M | Scaled | kDrawn | kPredicted),
+    terms(2, X | M | Scaled | kDrawn | kPredicted),
+    terms(1, X | M | Blended | kDrawn),
+    terms(2, X | M | Blended | kDrawn),
+    terms(1, X | M | Blended | kDrawn | kPredicted),
+    terms(2, X | M | Blended | kDrawn | kPredicted),
+    terms(3, X | M | U | Blended | kDrawn),
+};
+
 // Where the noise's index has another order than memory (channels_last).
 constexpr uint32_t kMapPermutedTerms[] = {
     terms(1, kDrawn), terms(1, X | kDrawn), terms(2, X | kDrawn), terms(1, X | M | kDrawn), terms(2, X | M | kDrawn),
@@ -69,10 +83,11 @@ constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | 
 // Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
 enum class Types { f32, mixed, half };
 
-// Any pass; kWide: with room for all terms and outputs, else for those of the common passes.
-template <bool kWideTerms, bool kDraws>
+// Any pass; kWide: with room for all terms and outputs, else for those of the common passes; with elementwise
+// coefficients or without.
+template <bool kWideTerms, bool kDraws, bool kHasElementwise = false>
 struct Any {
-  static constexpr bool kKnown = false, kDraw = kDraws;
+  static constexpr bool kKnown = false, kDraw = kDraws, kElementwise = kHasElementwise;
   static constexpr int kHs = kWideTerms ? kMaxH : 1;
   static constexpr int kOuts = kWideTerms ? kMaxOuts : 1;
   static constexpr bool kScales = false;
@@ -99,10 +114,12 @@ struct Any {
 template <uint32_t kTerms, Types kTypes>
 struct Known {
   static constexpr bool kKnown = true, kDraw = (kTerms & kDrawn) != 0;
+  static constexpr bool kElementwise = (kTerms & (1u << kV | 1u << kKnownData)) != 0;
   static constexpr int kHs = (kTerms & H) != 0 ? 1 : 0;
   static constexpr int kOuts = static_cast<int>(kTerms >> kOutsShift);
   static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) +
-                                      ((kTerms & H) != 0) + ((kTerms & Z) != 0) + ((kTerms & Mask) != 0);
+                                      ((kTerms & H) != 0) + ((kTerms & Z) != 0) + ((kTerms & Mask) != 0) +
+                                      ((kTerms & 1u << kV) != 0) + ((kTerms & 1u << kKnownData) != 0);
   // One term scaled into one output: nothing to do where that is the term itself and the scale 1.
   static constexpr bool kScales = kTerms == terms(1, X);
   // Vectors that a thread has in flight, as they were fastest on an H100.
@@ -111,7 +128,8 @@ struct Known {
                                  : kTypes == Types::mixed ? 2
                                                           : 1;
   // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling.
-  static constexpr int kBlocks = !kDraw ? 1 : kInputsGiven + kOuts + ((kTerms & kPredicted) != 0) > 3 ? 3 : 4;
+  static constexpr int kHeld = kInputsGiven + kOuts + ((kTerms & kPredicted) != 0);
+  static constexpr int kBlocks = !kDraw ? 1 : kHeld > 6 ? 2 : kHeld > 3 ? 3 : 4;
 
   template <typename Pass>
   static __device__ constexpr bool has(const Pass&, int k) {
@@ -129,10 +147,10 @@ struct Known {
   static __device__ DType dtype(const Pass& pass, int k) {
     if (kTypes == Types::f32 && k != kMask) return DType::f32;
     if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
-    const bool of_network = k == kM || k == kMUncond || (k == kInputs && (kTerms & kResidual) != 0);
+    const bool of_network = k == kM || k == kMUncond || k == kV || (k == kInputs && (kTerms & kResidual) != 0);
     if (of_network) return sixteen(pass.dtype[k]);
     if (k >= kH0 && k <= kH2) return pass.dtype[k] == DType::f32 ? DType::f32 : sixteen(pass.dtype[k]);
-    return k < kMask || k == kInputs ? DType::f32 : pass.dtype[k];
+    return k < kMask || k == kKnownData || k == kInputs ? DType::f32 : pass.dtype[k];
   }
 
  private:

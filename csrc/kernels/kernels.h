@@ -2,7 +2,8 @@
 //
 //   m     = m_u + w (m_c - m_u)
 //   y     = clamp(a x + b m, lo, hi)
-//   out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
+//   r_j   = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j e z,    e = exp(l0 + l1 v), 1 without v
+//   out_j = r_j + mask (p_j known + q_j z - r_j)                 where the output is blended, else r_j
 //
 // map applies a row of coefficients; reduce applies one with one output, the residual r, writes
 // scale * weight[b] * mask * r (with sign(r) for absolute values), sums mask * rho(r) over each sample, and those over
@@ -21,15 +22,20 @@ constexpr int kMaxH = 3;
 constexpr int kMaxOuts = 3;
 constexpr int kMaxValues = 12;  // coefficients that vary by sample
 
-// The inputs of a pass, in the order in which its terms are added.
-enum Input { kX, kM, kMUncond, kH0, kH1, kH2, kZ, kMask, kInputs };
+// The inputs of a pass, in the order in which its terms are added, and those of its elementwise coefficients: map's
+// mask weighs what is known, reduce's the residual.
+enum Input { kX, kM, kMUncond, kH0, kH1, kH2, kZ, kMask, kV, kKnownData, kInputs };
 
-// Cells of a row: 5 + 7 an output; path values of a named formula follow at 26.
+// Cells of a row: 5 + 7 an output; path values of a named formula follow at 26, elementwise coefficients at 31. A row
+// of v or known has all 39.
 enum Cell { kA, kB, kLo, kHi, kW, kFirstOut };
 enum OutCell { kOutY, kOutX, kOutM, kOutH0, kOutH1, kOutH2, kOutZ, kOutCells };
 constexpr int kMaxCells = kFirstOut + kOutCells * kMaxOuts;
 constexpr int kPathCells = 5;  // alpha_t, sigma_t, alpha_s, sigma_s, eta
 constexpr int kAllCells = kMaxCells + kPathCells;
+enum ElementwiseCell { kL0 = kAllCells, kL1, kFirstKnown };
+enum KnownCell { kP, kQ, kKnownCells };
+constexpr int kRowCells = kFirstKnown + kKnownCells * kMaxOuts;
 
 enum class Formula : int32_t { none = 0, ddim_epsilon = 1, ddim_v = 2, ddim_sample = 3 };
 enum class Draw : int32_t { none = 0, normal = 1, uniform = 2 };
@@ -62,7 +68,7 @@ struct NoiseSource {
 // Where the row of sample b comes from: the table, or the base cells with the values over them, then the formula.
 struct RowSource {
   int32_t n_cells = 0;
-  double base[kAllCells] = {};
+  double base[kRowCells] = {};
   const void* table = nullptr;  // [rows, n_cells] of the arithmetic's type
   int64_t table_stride = 0;     // in elements; 0 where one row serves every sample and no index is given
   int64_t table_rows = 0;       // an index outside gives a row of NaN
@@ -82,9 +88,12 @@ struct MapArgs {
   Array out[kMaxOuts];
   int32_t n_out = 1;
   bool use_pred = false;
-  bool f64 = false;  // arithmetic in double
+  bool f64 = false;      // arithmetic in double
+  uint32_t blended = 0;  // by output: whether known is put into it
   NoiseSource noise;
   RowSource rows;
+
+  bool elementwise() const { return in[kV].data != nullptr || in[kKnownData].data != nullptr; }
 };
 
 // The written residual times scale * weight[b] is the gradient of a loss already.

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "exp.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -82,6 +83,19 @@ GENKERN_HD Vec<double> fma_lanes(Vec<double> a, Vec<double> b, Vec<double> c) {
   return c;
 #endif
 }
+
+// A vector, as exp.h has it.
+template <typename Acc_>
+struct OneVector {
+  using Acc = Acc_;
+  using Value = Vec<Acc>;
+  using Bits = Vec<typename ExpOf<Acc>::Bits>;
+
+  static GENKERN_HD Value all(Acc a) { return splat(a); }
+  static GENKERN_HD Value fma(Value a, Value b, Value c) { return fma_lanes(a, b, c); }
+  static GENKERN_HD Bits bits(Value a) { return (Bits)a; }
+  static GENKERN_HD Value of_bits(Bits a) { return (Value)a; }
+};
 
 // One element.
 GENKERN_HD float widen(float v) { return v; }

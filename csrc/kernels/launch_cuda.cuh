@@ -60,7 +60,7 @@ inline uint32_t terms_of(const MapArgs& args, uint32_t reduced) {
 inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types& types) {
   if (args.f64 || args.noise.draw_kind == Draw::uniform) return false;
   const auto size = [&](int k) { return size_of(array_of(args, k).dtype); };
-  const auto of_network = [&](int k) { return k == kM || k == kMUncond || (k == kInputs && reduced != 0); };
+  const auto of_network = [&](int k) { return k == kM || k == kMUncond || k == kV || (k == kInputs && reduced != 0); };
   int state = 0, network = 0, least = 4;
   for (int k = 0; k <= kInputs; ++k) {
     if (!given(args, k) || k == kMask || (k >= kH0 && k <= kH2)) continue;
@@ -225,6 +225,11 @@ template <typename V>
 Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pass) {
   using Acc = typename V::Acc;
   fill<Acc>(args, walk, V::kVec, pass);
+  static_assert(sizeof(typename V::Pass) <= 4000, "a kernel's parameters are 4 KiB at most");
+  if constexpr (V::Facts::kElementwise) {
+    for (int c = 0; c < kRowCells; ++c) pass.row[c] = static_cast<Acc>(args.rows.base[c]);
+    pass.blended = args.blended;
+  }
   if constexpr (V::kLayout != Layout::linear) {
     pass.ndim = walk.ndim;
     for (int d = 0; d < walk.ndim; ++d) {

@@ -10,15 +10,26 @@ void map_typed(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end
   Plan plan;
   make_plan(args, walk, plan);
   Buffers<Acc> buffers;
-  auto body = [&](int64_t, const Span& span, const Acc* cells, float* z) {
-    RowPass<Acc> pass;
+  const auto write = [&](auto& pass, const Span& span, const Acc* cells, float* z) {
     set_inputs(args, plan, span, cells, z, buffers, pass);
     for (int j = 0; j < args.n_out; ++j) pass.out[j] = operand(plan, span, kInputs + j, args.out[j], buffers.out[j]);
-    apply(pass, z != nullptr, span.count);
+    apply<Acc>(pass, z != nullptr, span.count);
     for (int j = 0; j < args.n_out; ++j)
       if (!plan.dense[kInputs + j]) store(span, kInputs + j, args.out[j], buffers.out[j]);
   };
-  for_each_block<Acc>(args, walk, plan, plan.block, begin, end, buffers.noise, body);
+  const auto body = [&](int64_t, const Span& span, const Acc* cells, float* z) {
+    RowPass<Acc> pass;
+    write(pass, span, cells, z);
+  };
+  const auto elementwise = [&](int64_t, const Span& span, const Acc* cells, float* z) {
+    ElementwisePass<Acc> pass;
+    set_elementwise(args, plan, span, buffers, pass);
+    write(pass, span, cells, z);
+  };
+  const auto each = [&](auto of_block) {
+    for_each_block<Acc>(args, walk, plan, plan.block, begin, end, buffers.noise, of_block);
+  };
+  args.elementwise() ? each(elementwise) : each(body);
 }
 
 }  // namespace

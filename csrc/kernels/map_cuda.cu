@@ -1,19 +1,13 @@
 // map on CUDA: one pass over the terms, every output written.
-#include "launch_cuda.cuh"
+#include "map_cuda.cuh"
 
 namespace genkern {
 namespace {
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, V::kBlocks) map_kernel(const __grid_constant__ typename V::Pass pass) {
-  __shared__ Shared<typename V::Acc> shared;
-  walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {
-    typename V::Acc out[V::kOuts][V::kVec];
-    vector.apply(pass, cells, draw, out);
-#pragma unroll
-    for (int j = 0; j < V::kOuts; ++j)
-      if (j < V::Facts::n_out(pass)) vector.put(pass, j, out[j]);
-  });
+  __shared__ typename V::Shared shared;
+  map_block<V>(pass, shared);
 }
 
 struct Map {
@@ -39,7 +33,12 @@ bool is_wide(const MapArgs& args) {
 const char* map_cuda(const MapArgs& args, void* stream) {
   const Walk walk = make_walk(args, /*keep_samples=*/false);
   if (walk.batch == 0 || walk.n == 0) return nullptr;
-  const Map map{args, walk, static_cast<cudaStream_t>(stream)};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (args.elementwise()) {
+    map_elementwise(args, walk, queue);
+    return launch_error();
+  }
+  const Map map{args, walk, queue};
   if (launch_known<kMapTerms, kMapPermutedTerms>(args, walk, 0, map)) return launch_error();
   const bool draw = args.noise.draw_kind != Draw::none, wide = is_wide(args);
   launch_any(args, walk, [&](auto acc, auto vec, auto layout) {

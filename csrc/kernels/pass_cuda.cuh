@@ -48,10 +48,17 @@ struct StridedPass : Pass<Acc> {
   uint32_t tiles;
 };
 
+// A pass with elementwise coefficients.
+template <typename Acc, typename Base>
+struct ElementwisePass : Base {
+  Acc row[kRowCells];  // in place of Base::cells
+  uint32_t blended;
+};
+
 // What the threads of a block share.
-template <typename Acc>
+template <typename Acc, int kCells>
 struct Shared {
-  Acc rows[kMaxRows][kMaxCells];
+  Acc rows[kMaxRows][kCells];
   PhiloxRounds keys;
 };
 
@@ -87,8 +94,8 @@ __device__ __forceinline__ void share_row(const Pass<Acc>& pass, int64_t b, Acc*
 
 // Brings into shared memory what is not among the pass's own numbers: the rows of the block's samples, and the keys of
 // noise whose seed is in device memory. Every thread of the block calls it.
-template <bool kDraw, typename Acc>
-__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc>& shared) {
+template <bool kDraw, typename Acc, int kCells>
+__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells>& shared) {
   const int64_t* seed = kDraw ? pass.noise.device_key : nullptr;
   if (!pass.by_sample && seed == nullptr) return;
   if (pass.by_sample) share_row(pass, b, shared.rows[threadIdx.y]);

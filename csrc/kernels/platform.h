@@ -85,5 +85,25 @@ GENKERN_HD float float_of(uint32_t bits) {
 #endif
 }
 
+GENKERN_HD uint64_t bits_of(double a) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(a));
+#else
+  uint64_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits;
+#endif
+}
+
+GENKERN_HD double float_of(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double a;
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
+#endif
+}
+
 }  // namespace
 }  // namespace genkern

@@ -83,7 +83,7 @@ template <typename V>
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ typename V::Pass pass, Place place,
                                                          int digit, Tally* tallies, typename V::Acc* out) {
   using Acc = typename V::Acc;
-  __shared__ Shared<Acc> shared;
+  __shared__ typename V::Shared shared;
   __shared__ Block block;
   const int64_t b = sample_of_thread();
   if (b >= pass.batch) return;  // of the whole block, as a block has one sample

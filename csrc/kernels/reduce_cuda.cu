@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
                   double* partials) {
   using Acc = typename V::Acc;
   constexpr int kVec = V::kVec;
-  __shared__ Shared<Acc> shared;
+  __shared__ typename V::Shared shared;
   __shared__ Acc sums[kThreads][2];
   Acc sum = 0, elements = 0;
   const int64_t b = sample_of_thread();

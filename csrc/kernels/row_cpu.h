@@ -32,6 +32,13 @@ struct RowPass {
   const Acc* cells;
 };
 
+// The same with elementwise coefficients. The mask is of the arithmetic's type.
+template <typename Acc>
+struct ElementwisePass : RowPass<Acc> {
+  Operand v, known, mask;
+  uint32_t blended;
+};
+
 template <typename Acc>
 using Group = Vec<Acc>[kGroup];
 
@@ -106,11 +113,37 @@ struct Sum {
   }
 };
 
+// e z of a group: z times exp(l0 + l1 v).
+template <typename Acc, typename Types>
+GENKERN_HD void scale_noise(const ElementwisePass<Acc>& p, int64_t i, Group<Acc>& z) {
+  Group<Acc> v;
+  Types::load(p.v, i, v);
+  const Vec<Acc> l0 = splat(p.cells[kL0]), l1 = splat(p.cells[kL1]);
+  for (int k = 0; k < kGroup; ++k) z[k] = exp_<OneVector<Acc>>(fma_lanes(l1, v[k], l0)) * z[k];
+}
+
+// rows.h, blend, of output j; z is null where there is no noise.
+template <typename Acc, typename Types>
+GENKERN_HD void blend_group(const ElementwisePass<Acc>& p, int j, int64_t i, const Group<Acc>* z, Group<Acc>& r) {
+  const Acc* c = p.cells + kFirstKnown + kKnownCells * j;
+  const Vec<Acc> weight = splat(c[kP]), of_noise = splat(c[kQ]), zero = splat(Acc(0)), one = splat(Acc(1));
+  Group<Acc> known, mask;
+  Types::load(p.known, i, known);
+  load_group<Acc, Acc, false>(p.mask.data, i, mask);
+  for (int v = 0; v < kGroup; ++v) {
+    Vec<Acc> k = weight * known[v];
+    if (z != nullptr) k = fma_lanes(of_noise, (*z)[v], k);
+    const Vec<Acc> between = fma_lanes(mask[v], k - r[v], r[v]), some = mask[v] == one ? k : between;
+    r[v] = mask[v] == zero ? r[v] : some;
+  }
+}
+
 // Elements [0, count), count a multiple of a group's. Every term of an element is read before an output of it is
 // written: an output may be an input.
-template <typename Acc, typename Types, bool kPred, bool kMany>
-void apply_groups(const RowPass<Acc>& given, int64_t count) {
-  const RowPass<Acc> p = given;  // so that no store can be taken to change it
+template <typename Acc, typename Types, bool kPred, bool kMany, typename P>
+void apply_groups(const P& given, int64_t count) {
+  const P p = given;  // so that no store can be taken to change it
+  constexpr bool kElementwise = !std::is_same_v<P, RowPass<Acc>>;
   const Acc* cells = p.cells;
   constexpr int kStep = kGroup * kWidth<Acc>;
   for (int64_t i = 0; i < count; i += kStep) {
@@ -138,6 +171,15 @@ void apply_groups(const RowPass<Acc>& given, int64_t count) {
         y[v] = s < lo ? lo : below;
       }
     }
+    [[maybe_unused]] Group<Acc> z, scaled;  // z and e z
+    [[maybe_unused]] const bool noise = p.in[kZ].data != nullptr;
+    if constexpr (kElementwise) {
+      if (noise) {
+        Types::load_noise(p.in[kZ], i, z);
+        for (int v = 0; v < kGroup; ++v) scaled[v] = z[v];
+        if (p.v.data != nullptr) scale_noise<Acc, Types>(p, i, scaled);
+      }
+    }
     Group<Acc> results[kMany ? kMaxOuts : 1];
     for (int j = 0; j < (kMany ? p.n_out : 1); ++j) {
       const Acc* c = cells + kFirstOut + kOutCells * j;
@@ -148,7 +190,12 @@ void apply_groups(const RowPass<Acc>& given, int64_t count) {
       if (p.in[kM].data != nullptr) sum.add(c[kOutM], m);
       for (int h = 0; h < kMaxH; ++h)
         if (p.in[kH0 + h].data != nullptr) Types::load(p.in[kH0 + h], i, term), sum.add(c[kOutH0 + h], term);
-      if (p.in[kZ].data != nullptr) Types::load_noise(p.in[kZ], i, term), sum.add(c[kOutZ], term);
+      if constexpr (kElementwise) {
+        if (noise) sum.add(c[kOutZ], scaled);
+        if ((p.blended >> j & 1u) != 0) blend_group<Acc, Types>(p, j, i, noise ? &z : nullptr, sum.acc);
+      } else if (p.in[kZ].data != nullptr) {
+        Types::load_noise(p.in[kZ], i, term), sum.add(c[kOutZ], term);
+      }
       if (!kMany) {
         Types::store(sum.acc, p.out[0], i);
       } else {
@@ -201,18 +248,30 @@ inline int size_of(DType dtype) {
   }
 }
 
-// Elements [begin, begin + count), fewer than a group, by way of buffers of one group.
+// Of any types: passes with elementwise coefficients are too few for loops of their own.
 template <typename Acc>
-void apply_rest(const RowPass<Acc>& p, bool drawn, int64_t begin, size_t count) {
+void apply_whole(const ElementwisePass<Acc>& p, bool, int64_t count) {
+  p.use_pred ? apply_groups<Acc, AnyType<Acc>, true, true>(p, count)
+             : apply_groups<Acc, AnyType<Acc>, false, true>(p, count);
+}
+
+// Elements [begin, begin + count), fewer than a group, by way of buffers of one group.
+template <typename Acc, typename P>
+void apply_rest(const P& p, bool drawn, int64_t begin, size_t count) {
   constexpr int kStep = kGroup * kWidth<Acc>;
-  alignas(64) char in[kMask][kStep * sizeof(double)] = {}, out[kMaxOuts][kStep * sizeof(double)];
-  RowPass<Acc> rest = p;
-  for (int k = 0; k < kMask; ++k) {
-    if (p.in[k].data == nullptr) continue;
-    const int64_t size = size_of(p.in[k].dtype);
-    std::memcpy(in[k], static_cast<const char*>(p.in[k].data) + begin * size, count * static_cast<size_t>(size));
-    rest.in[k].data = in[k];
-  }
+  constexpr bool kElementwise = !std::is_same_v<P, RowPass<Acc>>;
+  alignas(64) char in[kElementwise ? kMask + 3 : kMask][kStep * sizeof(double)] = {},
+                                                                out[kMaxOuts][kStep * sizeof(double)];
+  P rest = p;
+  const auto bring = [&](Operand& operand, char* buffer) {
+    if (operand.data == nullptr) return;
+    const int64_t size = size_of(operand.dtype);
+    std::memcpy(buffer, static_cast<const char*>(operand.data) + begin * size, count * static_cast<size_t>(size));
+    operand.data = buffer;
+  };
+  for (int k = 0; k < kMask; ++k) bring(rest.in[k], in[k]);
+  if constexpr (kElementwise)
+    bring(rest.v, in[kMask]), bring(rest.known, in[kMask + 1]), bring(rest.mask, in[kMask + 2]);
   for (int j = 0; j < p.n_out; ++j) rest.out[j].data = out[j];
   apply_whole(rest, drawn, kStep);
   for (int j = 0; j < p.n_out; ++j) {
@@ -222,11 +281,11 @@ void apply_rest(const RowPass<Acc>& p, bool drawn, int64_t begin, size_t count) 
 }
 
 // Elements [0, count). drawn: z is a buffer of drawn noise.
-template <typename Acc>
-void apply(const RowPass<Acc>& p, bool drawn, int64_t count) {
+template <typename Acc, typename P>
+void apply(const P& p, bool drawn, int64_t count) {
   const int64_t rest = count % (kGroup * kWidth<Acc>), whole = count - rest;
   if (whole > 0) apply_whole(p, drawn, whole);
-  if (rest > 0) apply_rest(p, drawn, whole, static_cast<size_t>(rest));
+  if (rest > 0) apply_rest<Acc>(p, drawn, whole, static_cast<size_t>(rest));
 }
 
 }  // namespace

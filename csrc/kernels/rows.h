@@ -2,7 +2,10 @@
 //
 //   m     = fma(w, m_c - m_u, m_u)
 //   y     = fma(b, m, a x), then y < lo ? lo : (y > hi ? hi : y)
-//   out_j = the first given term as a product, then fma(c, term, acc), in the order y, x, m, h0, h1, h2, z
+//   r_j   = the first given term as a product, then fma(c, term, acc), in the order y, x, m, h0, h1, h2, e z
+//   e z   = e times z, e = exp(fma(l1, v, l0)) by exp.h; z itself where no v is given
+//   k_j   = p_j known, then fma(q_j, z, k_j) where there is noise
+//   out_j = r_j where the mask is 0, k_j where it is 1, else fma(mask, k_j - r_j, r_j)
 //
 // Every path (CUDA, and each instruction set of the CPU) follows this order, so map has the same bits on all of them.
 #pragma once
@@ -84,7 +87,7 @@ GENKERN_HD void load_row(const RowSource& source, int64_t b, bool use_pred, Acc*
   for (int c = 0; c < source.n_cells; ++c) cells[c] = static_cast<Acc>(source.base[c]);
   for (int k = 0; k < source.n_values; ++k) {
     const int cell = source.values[k].cell;
-    if (cell < kMaxCells) cells[cell] = static_cast<Acc>(read_value(source.values[k], b));
+    if (cell < kMaxCells || cell >= kAllCells) cells[cell] = static_cast<Acc>(read_value(source.values[k], b));
   }
   if (source.formula != Formula::none) formula_cells(source, b, use_pred, cells);
 }
@@ -92,6 +95,12 @@ GENKERN_HD void load_row(const RowSource& source, int64_t b, bool use_pred, Acc*
 template <typename Acc>
 GENKERN_HD Acc clamp(Acc y, Acc lo, Acc hi) {
   return y < lo ? lo : (y > hi ? hi : y);  // NaN stays NaN
+}
+
+// r and k by the mask: selected at 0 and 1, so that the one not asked for may be NaN.
+template <typename Acc>
+GENKERN_HD Acc blend(Acc r, Acc k, Acc mask) {
+  return mask == Acc(0) ? r : mask == Acc(1) ? k : fma_(mask, k - r, r);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ void for_each_output(const MapArgs& map, const Walk& walk, int64_t begin, int64_
     RowPass<Acc> pass;
     set_inputs<Acc>(map, plan, span, cells, nullptr, buffers, pass);
     for (int j = 0; j < map.n_out; ++j) pass.out[j] = {buffers.out[j], dtype_of<Acc>()};
-    apply(pass, false, span.count);
+    apply<Acc>(pass, false, span.count);
     body(task, span, buffers);
   };
   for_each_block<Acc>(map, walk, plan, kBlock, begin, end, buffers.noise, with_row);

@@ -22,7 +22,7 @@ template <typename V>
 __global__ void __launch_bounds__(kThreads) stat_kernel(const __grid_constant__ typename V::Pass pass, Stat kind,
                                                         typename V::Acc atol, typename V::Acc rtol, double* partials) {
   using Acc = typename V::Acc;
-  __shared__ Shared<Acc> shared;
+  __shared__ typename V::Shared shared;
   __shared__ double sums[kMaxSums][kThreads];
   double firsts[kMaxOuts] = {}, products[kMaxOuts][kMaxOuts] = {};  // of the second those with i <= j
   walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "bytes_cuda.cuh"
+#include "exp.h"
 #include "pass_cuda.cuh"
 
 namespace genkern {
@@ -44,12 +45,14 @@ struct Nothing {};
 // The cells that a known pass uses, in registers.
 template <typename Acc, typename Facts>
 struct Cells {
-  Acc c[kMaxCells];
+  Acc c[Facts::kElementwise ? kRowCells : kMaxCells];
 
-  template <typename P>
-  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc>& shared) {
+  template <typename P, typename S>
+  __device__ __forceinline__ Cells(const P& pass, const S& shared) {
     if (pass.by_sample) {
       copy(pass, shared.rows[threadIdx.y]);
+    } else if constexpr (Facts::kElementwise) {
+      copy(pass, pass.row);
     } else {
       copy(pass, pass.cells);
     }
@@ -66,19 +69,34 @@ struct Cells {
       if (Facts::has(pass, kM)) c[first + kOutM] = from[first + kOutM];
       if (Facts::has(pass, kH0)) c[first + kOutH0] = from[first + kOutH0];
       if (Facts::kDraw || Facts::has(pass, kZ)) c[first + kOutZ] = from[first + kOutZ];
+      if (Facts::has(pass, kKnownData)) {
+        const int of_known = kFirstKnown + kKnownCells * j;
+        c[of_known + kP] = from[of_known + kP], c[of_known + kQ] = from[of_known + kQ];
+      }
     }
+    if (Facts::has(pass, kV)) c[kL0] = from[kL0], c[kL1] = from[kL1];
   }
   __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
 };
 
 // Those of any pass, where they lie.
 template <typename Acc, bool kWide, bool kDraws>
-struct Cells<Acc, Any<kWide, kDraws>> {
+struct Cells<Acc, Any<kWide, kDraws, false>> {
   const Acc* c;
 
   template <typename P>
-  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc>& shared)
+  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc, kMaxCells>& shared)
       : c(pass.by_sample ? shared.rows[threadIdx.y] : pass.cells) {}
+  __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
+};
+
+template <typename Acc, bool kWide, bool kDraws>
+struct Cells<Acc, Any<kWide, kDraws, true>> {
+  const Acc* c;
+
+  template <typename P>
+  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc, kRowCells>& shared)
+      : c(pass.by_sample ? shared.rows[threadIdx.y] : pass.row) {}
   __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
 };
 
@@ -88,9 +106,13 @@ struct Vector {
   using Acc = Acc_;
   using Facts = Facts_;
   static constexpr Layout kLayout = kLayout_;
-  using Pass = std::conditional_t<kLayout == Layout::linear, genkern::Pass<Acc>, StridedPass<Acc>>;
+  using Laid = std::conditional_t<kLayout == Layout::linear, genkern::Pass<Acc>, StridedPass<Acc>>;
+  using Pass = std::conditional_t<Facts::kElementwise, ElementwisePass<Acc, Laid>, Laid>;
+  using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
-  static constexpr int kBlocks = Facts::kBlocks;
+  // Of any pass with elementwise coefficients, two where the registers suffice for them.
+  static constexpr int kBlocks =
+      Facts::kElementwise && !Facts::kKnown && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
   // Vectors of 8 are of halves only.
   static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
 
@@ -99,6 +121,7 @@ struct Vector {
   std::conditional_t<kLayout == Layout::strided, Offsets, Nothing> offsets;
   Raw<kWords> x, m, u, h[kHs > 0 ? kHs : 1], z;
   Raw<(kWords > kVec ? kWords : kVec)> mask;  // of any type beside halves
+  std::conditional_t<Facts::kElementwise, Raw<kWords>, Nothing> v, known;
 
   __device__ __forceinline__ bool whole(const Pass& pass, int k) const {
     return Facts::kKnown || (kLayout != Layout::strided && kVec > 1 && count == kVec && (pass.aligned >> k & 1u) != 0);
@@ -139,6 +162,39 @@ struct Vector {
     for (int k = 0; k < kHs; ++k) fetch_one(pass, kH0 + k, h[k]);
     if constexpr (!Facts::kDraw) fetch_one(pass, kZ, z);
     fetch_one(pass, kMask, mask);
+    if constexpr (Facts::kElementwise) {
+      fetch_one(pass, kV, v);
+      fetch_one(pass, kKnownData, known);
+    }
+  }
+
+  // zs by e, where v is given.
+  __device__ __forceinline__ void scale_noise(const Pass& pass, const Cells<Acc, Facts>& cells, Acc* zs) const {
+    if (!Facts::has(pass, kV)) return;
+    Acc vs[kVec];
+    decode<Acc, kVec>(v, Facts::dtype(pass, kV), vs);
+    const Acc l0 = cells[kL0], l1 = cells[kL1];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) zs[i] = exp_<OneNumber<Acc>>(fma_(l1, vs[i], l0)) * zs[i];
+  }
+
+  // The blended outputs by what is known.
+  __device__ __forceinline__ void blend_known(const Pass& pass, const Cells<Acc, Facts>& cells, bool noise,
+                                              const Acc* zs, Acc (*out)[kVec]) const {
+    if (!Facts::has(pass, kKnownData)) return;
+    Acc ks[kVec], ws[kVec];
+    decode<Acc, kVec>(known, Facts::dtype(pass, kKnownData), ks);
+    decode<Acc, kVec>(mask, Facts::dtype(pass, kMask), ws);
+#pragma unroll
+    for (int j = 0; j < kOuts; ++j) {
+      if (j >= Facts::n_out(pass) || (pass.blended >> j & 1u) == 0) continue;
+      const Acc p = cells[kFirstKnown + kKnownCells * j + kP], q = cells[kFirstKnown + kKnownCells * j + kQ];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const Acc k = p * ks[i];
+        out[j][i] = blend(out[j][i], noise ? fma_(q, zs[i], k) : k, ws[i]);
+      }
+    }
   }
 
   // out[j][i], by the order of arithmetic of rows.h. draw(values): the noise of these elements.
@@ -191,7 +247,22 @@ struct Vector {
         add(hs, kOutH0 + k);
       }
     }
-    if constexpr (Facts::kDraw) {
+    if constexpr (Facts::kElementwise) {
+      Acc zs[kVec], scaled[kVec];
+      const bool noise = Facts::kDraw || Facts::has(pass, kZ);
+      if constexpr (Facts::kDraw) {
+        draw(zs);
+      } else if (noise) {
+        decode<Acc, kVec>(z, Facts::dtype(pass, kZ), zs);
+      }
+      if (noise) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) scaled[i] = zs[i];
+        scale_noise(pass, cells, scaled);
+        add(scaled, kOutZ);
+      }
+      blend_known(pass, cells, noise, zs, out);
+    } else if constexpr (Facts::kDraw) {
       Acc zs[kVec];
       draw(zs);
       add(zs, kOutZ);

@@ -13,7 +13,8 @@ struct Quads {
   uint32_t draw, low, high;
   bool normal;
 
-  __device__ __forceinline__ Quads(const Pass<Acc>& pass, const Shared<Acc>& shared, int64_t b) {
+  template <typename S>
+  __device__ __forceinline__ Quads(const Pass<Acc>& pass, const S& shared, int64_t b) {
     if constexpr (Facts::kDraw) {
       const NoiseSource& source = pass.noise;
       const bool on_device = source.device_key != nullptr;
@@ -48,8 +49,7 @@ __device__ __forceinline__ int64_t index_of(const StridedPass<Acc>& pass, Intege
 
 // linear, strided: a thread's part of the block's chunks, kUnroll vectors of each.
 template <typename V, typename Consume>
-__device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, Shared<typename V::Acc>& shared,
-                                            Consume consume) {
+__device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
   using Acc = typename V::Acc;
   constexpr int kUnroll = V::Facts::kUnroll;
   const int64_t b = sample_of_thread();
@@ -107,8 +107,7 @@ __device__ __forceinline__ int in_banks(int i) { return i ^ (i >> 3 & 28); }
 // apart. A block draws the numbers of a tile, `pixels` along that dimension by all the faster ones, into shared memory
 // in the order of memory, and then walks the tile, which memory holds in one piece.
 template <typename V, typename Consume>
-__device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<typename V::Acc>& shared,
-                                          Consume consume) {
+__device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
   using Acc = typename V::Acc;
   constexpr int kVectors = kTile / kThreads / V::kVec;
   __shared__ __align__(16) float tile[kTile];
@@ -160,7 +159,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, Shared<t
 
 // consume(vector, cells, draw) takes each of this thread's vectors that holds elements.
 template <typename V, typename Consume>
-__device__ __forceinline__ void walk(const typename V::Pass& pass, Shared<typename V::Acc>& shared, Consume consume) {
+__device__ __forceinline__ void walk(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
   if constexpr (V::kLayout == Layout::permuted) {
     walk_tile<V>(pass, shared, consume);
   } else {

@@ -113,10 +113,16 @@ void map_out(const py::object& x, const py::object& m, const py::object& m_uncon
              const py::object& z, const Floats& row, const py::object& table, const py::object& index,
              const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
              const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred,
-             const Objects& out, std::optional<intptr_t> stream) {
+             const Objects& out, const py::object& v, const py::object& known, const py::object& mask, int64_t blended,
+             std::optional<intptr_t> stream) {
   Views views(stream);
   Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key,
                         device_key, sample_ids, use_pred);
+  call.v = views.maybe(v, "v");
+  call.known = views.maybe(known, "known");
+  call.mask = views.maybe(mask, "mask");
+  call.blended = blended;
+  expect(!call.mask || call.known, "known: expected one beside mask");
   call.out = views.all(out, "out", true);
   const genkern::MapArgs args = genkern::make_args(call);
   run_on(
@@ -250,7 +256,8 @@ PYBIND11_MODULE(_arrays, module) {
   module.def("map", &map_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
              py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
              py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
-             py::arg("use_pred"), py::arg("out"), py::arg("stream") = py::none(),
+             py::arg("use_pred"), py::arg("out"), py::arg("v") = py::none(), py::arg("known") = py::none(),
+             py::arg("mask") = py::none(), py::arg("blended") = 0, py::arg("stream") = py::none(),
              "torch.ops.genkern.map_out, over arrays, into given outputs.");
   module.def("reduce", &reduce_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
              py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),

@@ -112,12 +112,14 @@ inline bool fold(PackedRow& row) {
 inline bool read_linear_row(PyObject* object, PackedRow& row) {
   static PyObject *const outs_name = interned("outs"), *const pred_name = interned("pred"),
                          *const clip_name = interned("clip"), *const guidance_name = interned("guidance"),
-                         *const h_name = interned("h");
+                         *const h_name = interned("h"), *const elementwise_name = interned("elementwise");
   static const std::array<PyObject*, 7> terms{interned("y"), interned("x"), interned("m"), nullptr,
                                               nullptr,       nullptr,       interned("z")};
   const py::object outs = attribute(object, outs_name), pred = attribute(object, pred_name),
-                   clip = attribute(object, clip_name), guidance = attribute(object, guidance_name);
+                   clip = attribute(object, clip_name), guidance = attribute(object, guidance_name),
+                   elementwise = attribute(object, elementwise_name);
   if (!outs || !pred || !clip || !guidance || !PyTuple_CheckExact(outs.ptr())) return false;
+  if (elementwise.ptr() != Py_None) return false;  // goes the way through Python
   row.n_out = static_cast<int>(PyTuple_GET_SIZE(outs.ptr()));
   if (row.n_out < 1 || row.n_out > kMaxOuts) return false;
   row.cells.assign(static_cast<size_t>(PackedRow::first(row.n_out)), 0.0);

@@ -11,10 +11,11 @@
 
 namespace genkern {
 
-constexpr Py_ssize_t kFirstValue = 11;  // of a call's tensors, in the order of genkern/spec.py
+constexpr Py_ssize_t kFirstValue = 14;  // of a call's tensors, in the order of genkern/spec.py
 
 struct Terms {
   PyObject *x = nullptr, *m = nullptr, *z = nullptr, *m_uncond = nullptr, *mask = nullptr, *sample_ids = nullptr;
+  PyObject *v = nullptr, *known = nullptr;  // of calls laid out before
   std::array<PyObject*, kMaxH> h{};
   std::vector<PyObject*> values;
   py::object held_ids;  // read from a Noise
@@ -25,7 +26,7 @@ struct Terms {
   bool z_unread = false;  // given where the row has no coefficient for it
 
   bool wants_gradient() const {
-    for (PyObject* t : {x, m, z, m_uncond, h[0], h[1], h[2]})
+    for (PyObject* t : {x, m, z, m_uncond, h[0], h[1], h[2], v, known})
       if (t != nullptr && requires_grad(t)) return true;
     return values_want_gradient();
   }
@@ -144,7 +145,9 @@ inline bool set_laid_out(PyObject* numbers, PyObject* tensors, Terms& t, int64_t
   if (PySequence_Fast_GET_SIZE(tensors) < kFirstValue) return false;
   PyObject** given = PySequence_Fast_ITEMS(tensors);
   if (!add_view(given[0], t.x, t.call.x) || !add_view(given[1], t.m, t.call.m) || !add_view(given[2], t.z, t.call.z) ||
-      !add_view(given[3], t.m_uncond, t.call.m_uncond) || !add_view(given[10], t.sample_ids, t.call.sample_ids)) {
+      !add_view(given[3], t.m_uncond, t.call.m_uncond) || !add_view(given[10], t.sample_ids, t.call.sample_ids) ||
+      !add_view(given[11], t.v, t.call.v) || !add_view(given[12], t.known, t.call.known) ||
+      !add_view(given[13], t.mask, t.call.mask)) {
     return false;
   }
   for (size_t k = 0; k < kMaxH; ++k) {

@@ -31,10 +31,17 @@ const Tensor* like_of(const MaybeTensor& x, const MaybeTensor& m, const MaybeTen
   return x ? &*x : m ? &*m : z ? &*z : nullptr;
 }
 
+// The mask of a map, which goes with known.
+genkern::MaybeView map_mask(const MaybeTensor& known, const MaybeTensor& mask) {
+  expect(!mask || known, "known: expected one beside mask");
+  return view(mask);
+}
+
 Tensors map(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row, MaybeTensor table,
             MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula, int64_t noise, Ints key,
             MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Ints out_dtypes, std::optional<Ints> size,
-            std::optional<torch::stable::Device> device) {
+            std::optional<torch::stable::Device> device, MaybeTensor v, MaybeTensor known, MaybeTensor mask,
+            int64_t blended) {
   const Tensor* like = like_of(x, m, z);
   expect(like != nullptr || (size && device), "x: expected x, m or z, or a size and a device");
   Tensors outs;
@@ -44,20 +51,23 @@ Tensors map(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, Maybe
                                    : torch::stable::empty(*size, dtype, std::nullopt, device));
   }
   expect(!outs.empty(), "out_dtypes: expected 1 to 3 entries, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), std::move(row), view(table), view(index), view(values),
-           std::move(cells), std::move(scales), formula, noise, std::move(key), view(device_key), view(sample_ids),
-           use_pred, std::nullopt, view(outs)},
+  run_map({view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
+           view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
+           noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          map_mask(known, mask),
+           view(outs),  view(v),        view(known),      blended},
           outs[0]);
   return outs;
 }
 
 void map_out(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row,
              MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula,
-             int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out) {
+             int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, Tensors out,
+             MaybeTensor v, MaybeTensor known, MaybeTensor mask, int64_t blended) {
   expect(!out.empty(), "out: expected 1 to 3 outputs, got 0");
-  run_map({view(x), view(m), view(m_uncond), view(h), view(z), std::move(row), view(table), view(index), view(values),
-           std::move(cells), std::move(scales), formula, noise, std::move(key), view(device_key), view(sample_ids),
-           use_pred, std::nullopt, view(out)},
+  run_map({view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
+           view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
+           noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          map_mask(known, mask),
+           view(out),   view(v),        view(known),      blended},
           out[0]);
 }
 
@@ -81,10 +91,28 @@ std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_un
                                   Floats row, MaybeTensor table, MaybeTensor index, Tensors values, Ints cells,
                                   Floats scales, int64_t formula, int64_t noise, Ints key, MaybeTensor device_key,
                                   MaybeTensor sample_ids, bool use_pred, MaybeTensor mask, int64_t kind) {
-  Call call{view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
-            view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
-            noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          view(mask),
-            {}};
+  Call call{view(x),
+            view(m),
+            view(m_uncond),
+            view(h),
+            view(z),
+            std::move(row),
+            view(table),
+            view(index),
+            view(values),
+            std::move(cells),
+            std::move(scales),
+            formula,
+            noise,
+            std::move(key),
+            view(device_key),
+            view(sample_ids),
+            use_pred,
+            view(mask),
+            {},
+            {},
+            {},
+            0};
   return run_reduce(call, kind, m, like_of(x, m, z));
 }
 
@@ -152,11 +180,12 @@ void set_arrays(Call& call, const MaybeTensor& x, const MaybeTensor& m, const Ma
 
 void map_numbers(std::string numbers, Tensor out, MaybeTensor x, MaybeTensor m, MaybeTensor z, MaybeTensor m_uncond,
                  MaybeTensor h0, MaybeTensor h1, MaybeTensor h2, MaybeTensor table, MaybeTensor index,
-                 MaybeTensor device_key, MaybeTensor sample_ids, std::optional<Tensors> values, MaybeTensor out1,
-                 MaybeTensor out2) {
+                 MaybeTensor device_key, MaybeTensor sample_ids, MaybeTensor v, MaybeTensor known, MaybeTensor mask,
+                 std::optional<Tensors> values, MaybeTensor out1, MaybeTensor out2) {
   Call call;
   read(numbers, call);
   set_arrays(call, x, m, z, m_uncond, {&h0, &h1, &h2}, table, index, device_key, sample_ids, values);
+  call.v = view(v), call.known = view(known), call.mask = map_mask(known, mask);
   call.out.push_back(view(out));
   if (out1) call.out.push_back(view(*out1));
   if (out2) call.out.push_back(view(*out2));
@@ -194,23 +223,27 @@ constexpr const char* kInputsSchema =
     "Tensor? sample_ids, bool use_pred";
 constexpr const char* kArraysSchema =
     "Tensor? x=None, Tensor? m=None, Tensor? z=None, Tensor? m_uncond=None, Tensor? h0=None, Tensor? h1=None, "
-    "Tensor? h2=None, Tensor? table=None, Tensor? index=None, Tensor? device_key=None, Tensor? sample_ids=None, "
-    "Tensor[]? values=None";
+    "Tensor? h2=None, Tensor? table=None, Tensor? index=None, Tensor? device_key=None, Tensor? sample_ids=None";
+constexpr const char* kElementwiseSchema = "Tensor? v=None, Tensor? known=None, Tensor? mask=None";
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(genkern, library) {
-  const std::string inputs = kInputsSchema;
-  library.def(("map(" + inputs + ", int[] out_dtypes, int[]? size=None, Device? device=None) -> Tensor[]").c_str());
-  library.def(("map_out(" + inputs + ", Tensor(a!)[] out) -> ()").c_str());
+  const std::string inputs = kInputsSchema, elementwise = kElementwiseSchema;
+  library.def(("map(" + inputs + ", int[] out_dtypes, int[]? size=None, Device? device=None, " + elementwise +
+               ", int blended=0) -> Tensor[]")
+                  .c_str());
+  library.def(("map_out(" + inputs + ", Tensor(a!)[] out, " + elementwise + ", int blended=0) -> ()").c_str());
   library.def(("reduce(" + inputs + ", Tensor? mask, int kind) -> (Tensor, Tensor)").c_str());
   library.def(("stat(" + inputs + ", int outs, int kind, float atol, float rtol) -> Tensor").c_str());
   library.def(("stat_quantile(" + inputs + ", float q) -> Tensor").c_str());
   const std::string arrays = kArraysSchema;
+  library.def(("map_numbers(str numbers, Tensor(a!) out, " + arrays + ", " + elementwise +
+               ", Tensor[]? values=None, Tensor(b!)? out1=None, Tensor(c!)? out2=None) -> ()")
+                  .c_str());
   library.def(
-      ("map_numbers(str numbers, Tensor(a!) out, " + arrays + ", Tensor(b!)? out1=None, Tensor(c!)? out2=None) -> ()")
+      ("reduce_numbers(str numbers, " + arrays + ", Tensor[]? values=None, Tensor? mask=None) -> (Tensor, Tensor)")
           .c_str());
-  library.def(("reduce_numbers(str numbers, " + arrays + ", Tensor? mask=None) -> (Tensor, Tensor)").c_str());
   library.def("cpu_isa(str select=\"\") -> str");
   library.def("has_cuda() -> bool");
   library.def("launcher() -> int");

@@ -79,6 +79,19 @@ class Textbook:
         return c_skip * x + c_out * f
 
     @staticmethod
+    def learned_variance_step(
+        x: Tensor, m: Tensor, v: Tensor, z: Tensor, c: tuple[float, float], log_scale: tuple[float, float]
+    ) -> Tensor:
+        return c[0] * x + c[1] * m + torch.exp(log_scale[0] + log_scale[1] * v) * z
+
+    @staticmethod
+    def inpainting_step(
+        x: Tensor, m: Tensor, known: Tensor, keep: Tensor, z: Tensor, c: tuple[float, float],
+        weights: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
+        return torch.where(keep, weights[0] * known + weights[1] * z, c[0] * x + c[1] * m)
+
+    @staticmethod
     def flow_loss(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
         return torch.nn.functional.mse_loss(m, x - z)
 
@@ -137,6 +150,23 @@ class Careful:
     @staticmethod
     def consistency_skip(x: Tensor, f: Tensor, c_skip: float, c_out: float, out: Tensor) -> Tensor:
         return torch.mul(x, c_skip, out=out).add_(f, alpha=c_out)
+
+    @staticmethod
+    def learned_variance_step(
+        x: Tensor, m: Tensor, v: Tensor, normals: Normals, out: Tensor, c: tuple[float, float],
+        log_scale: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
+        scale = (log_scale[1] * v.to(out.dtype)).add_(log_scale[0]).exp_()
+        return normals.into(out).mul_(scale).add_(x, alpha=c[0]).add_(m, alpha=c[1])
+
+    @staticmethod
+    def inpainting_step(
+        x: Tensor, m: Tensor, known: Tensor, keep: Tensor, normals: Normals, scratch: Tensor, out: Tensor,
+        c: tuple[float, float], weights: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
+        noised = normals.into(scratch, weights[1]).add_(known, alpha=weights[0])
+        torch.mul(x, c[0], out=out).add_(m, alpha=c[1])
+        return torch.where(keep, noised, out, out=out)
 
     @staticmethod
     def flow_loss(m: Tensor, x: Tensor, z: Tensor, target: Tensor) -> Tensor:

@@ -103,6 +103,8 @@ def specs(device: torch.device) -> list[Spec]:
         Spec("ddim_step, guided", ALL, bind(ops.ddim_step, variant="guided")),
         Spec("ddim_step, eta 1", ALL, bind(ops.ddim_step, variant="eta 1")),
         Spec("ddim_step, data predicted", ALL, ops.ddim_step_of_data),
+        Spec("learned variance, step", ALL, ops.learned_variance_step),
+        Spec("inpainting, step", ALL, ops.inpainting_step),
         Spec("euler_step", ALL, ops.euler_step),
         Spec("heun_step", ALL, ops.heun_step),
         Spec("consistency_skip", ALL, ops.consistency_skip),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import genkern as gk
+from genkern.fused import apply_row
+from genkern.rows import Elementwise, Out, Row
 
 from . import peers
 from .baselines import Careful, Textbook, per_sample
@@ -145,6 +147,42 @@ def ddim_step_of_data(world: World) -> Case:
     })  # fmt: skip
     peers.add(case, "k-diffusion", peers.k_diffusion_euler, x, m, path[1], path[3])
     return case
+
+
+def learned_variance_step(world: World) -> Case:
+    """c_x x + c_m m + exp(l0 + l1 v) z: the DDPM's step between two variances."""
+    x, m, v, out, normals = world.state("x"), world.output("m"), world.output("u"), world.state("out"), world.normals()
+    c, log_scale = (0.95, -0.15), (-1.2, 0.1)
+    row = Row((Out(x=c[0], m=c[1], z=1.0),), elementwise=Elementwise(log_scale))
+
+    def textbook() -> Tensor:
+        return Textbook.learned_variance_step(x, m, v, normals.like(x), c, log_scale)
+
+    return world.case("learned variance, step", "op", [x, m, v, out], {
+        GENKERN: lambda: apply_row(row, x=x, m=m, v=v, noise=world.noise, out=out)[0],
+        TEXTBOOK: textbook,
+        CAREFUL: lambda: Careful.learned_variance_step(x, m, v, normals, out, c, log_scale),
+        COMPILED: world.compiled(into(out, textbook)),
+    })  # fmt: skip
+
+
+def inpainting_step(world: World) -> Case:
+    """c_x x + c_m m where data are generated, p known + q z where they are known."""
+    x, m, known, out = world.state("x"), world.output("m"), world.state("known"), world.state("out")
+    normals, scratch = world.normals(), torch.empty_like(out)
+    keep = (torch.arange(x.numel(), device=x.device) % 3 == 0).reshape(x.shape)
+    c, weights = (0.95, -0.15), (ALPHA, SIGMA)
+    row = Row((Out(x=c[0], m=c[1]),), elementwise=Elementwise(known=(weights,)))
+
+    def textbook() -> Tensor:
+        return Textbook.inpainting_step(x, m, known, keep, normals.like(x), c, weights)
+
+    return world.case("inpainting, step", "op", [x, m, known, keep, out], {
+        GENKERN: lambda: apply_row(row, x=x, m=m, known=known, mask=keep, noise=world.noise, out=out)[0],
+        TEXTBOOK: textbook,
+        CAREFUL: lambda: Careful.inpainting_step(x, m, known, keep, normals, scratch, out, c, weights),
+        COMPILED: world.compiled(into(out, textbook)),
+    })  # fmt: skip
 
 
 def euler_step(world: World) -> Case:

@@ -47,8 +47,8 @@ class Loop:
     than its steps: statistics that a module keeps in train mode move on.
 
     A model that cannot be captured runs uncaptured: on a CPU; one that draws random numbers, waits for the device or is
-    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide, or with the noise of a
-    learned variance. One warning says so, and `refusal` why.
+    captured already (torch.compile with mode="reduce-overhead"). So does a loop with a guide. One warning says so, and
+    `refusal` why.
 
     A Loop is not shared between threads.
 
@@ -214,8 +214,6 @@ def _uncaptured(task: loop.Run) -> str | None:
     """Why a loop is not captured, whatever its network is."""
     if task.guide is not None:
         return "a guide takes a gradient after every network call, which is not captured"
-    if getattr(task.step_noise, "follows_network", False):
-        return "the noise of a learned variance is formed from each network call, which is not captured"
     return None
 
 

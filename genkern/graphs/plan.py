@@ -26,7 +26,7 @@ from ..noise import Noise
 from ..rows import W
 from ..samplers import loop, network
 from ..samplers.callback import STOP, observe
-from ..samplers.editing import Blend, Inpaint
+from ..samplers.editing import Inpaint
 from ..samplers.guidance import Outputs
 from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
@@ -44,8 +44,8 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
         task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
-        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
-        isinstance(task.model, network.Wrapped),
+        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided,
+        None if task.inpaint is None else task.inpaint.kind, autocast, isinstance(task.model, network.Wrapped),
     )  # fmt: skip
 
 
@@ -91,9 +91,8 @@ class Plan:
         n_rows = part.n if by_sample else 1
         self._moments = Moments(self._stages, n_rows, task.calls * part.n, task.time_dtype, task.device)
         self._outputs = Outputs(task, part.n, self._buffers.at(0)[0])
-        self._blend = None if task.inpaint is None else Blend(task, self._buffers)
-        like = self._buffers.at(0)[0]
-        self._inpaint = None if task.inpaint is None else Inpaint(torch.empty_like(like), torch.empty_like(like))
+        like, given = self._buffers.at(0)[0], task.inpaint
+        self._inpaint = None if given is None else Inpaint(*(torch.empty_like(like, dtype=t.dtype) for t in given))
         self._z = torch.zeros_like(self._buffers.at(0)[0]) if task.step_noise is not None else None
         self._takes_z = [self._z is not None and stage.out.z != 0.0 for stage in self._stages]
         self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
@@ -103,7 +102,7 @@ class Plan:
             Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
             for i in range(len(self._stages))
         ]
-        self._draws = task.scale != 0.0 or self._blend is not None or any(update.draws for update in self._passes)
+        self._draws = task.scale != 0.0 or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
         self._step_of: list[_Step] = []
         self._tabulate(task)
@@ -231,9 +230,10 @@ class Plan:
         x, seen = self._buffers.at(i - 1)
         before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
         m, m_uncond, rescale = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
-        x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None, rescale)
-        if self._blend is not None and self._inpaint is not None:
-            self._blend(i, moment.stage, x, seen, self._inpaint, self._noise, moment.key)
+        ranged = self._stages[i].log_scale is not None
+        v = network.range_of(model, self._n, self._dtype) if ranged else None
+        z = self._z if self._takes_z[i] else None
+        update(x, m, m_uncond, before, z, rescale, v, self._inpaint)
 
     def _copy_in(self, part: loop.Part, by_steps: bool) -> None:
         if self._draws:
@@ -271,7 +271,6 @@ class Plan:
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
         given += [*self._outputs.tensors(), *(self._inpaint or ())]
-        given += [] if self._blend is None else [self._blend.numbers]
         tables = [table for step in self._steps.values() for table in step.tables]
         return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 

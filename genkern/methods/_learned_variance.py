@@ -10,8 +10,9 @@ loss (13.5) of the prediction:
     L = L_gamma + lambda T L_t,    lambda = 0.001,    L_t = KL(q(x_s | x_t, x), p(x_s | x_t)), mean of elements,
     KL = (l_p - l_q + e^{l_q - l_p} - 1 + c^2 (x - f)^2 e^{-l_p}) / 2,    and at t = 0  -log N(x; f, e^{l_p})
 
-l the logarithms of the variances, c the weight of the data in (13.7). Nichol, Dhariwal, arXiv:2102.09672, section 3.1.
-The exponential is torch's: what a row of the kernel adds is a noise that was formed before it.
+l the logarithms of the variances, c the weight of the data in (13.7). A step's noise, scaled by the standard deviation
+exp((log beta~ + log beta) / 4 + v (log beta - log beta~) / 4), is drawn in the step's pass, which reads v where the
+network has left it (rows.Elementwise). Nichol, Dhariwal, arXiv:2102.09672, section 3.1.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, ops, paths
+from .. import check, paths
 from ..fused import apply_row
 from ..kept import constant, kept
-from ..noise import Noise, Purpose
 from ..rows import Out, Row
-from ..samplers import loop, network
+from ..samplers import network
 from ..samplers.nonmarkovian import backward, ddpm_std
 from ..samplers.table import Stage
 
@@ -127,37 +127,9 @@ class Range:
         return LAMBDA * self.path.timesteps * mean
 
 
-@dataclasses.dataclass
-class Learned:
-    """The noise of DDPM's steps in one run of the loop, which calls the network and then asks for the step's noise.
-
-    Args:
-        halved: what the loop calls.
-        z: standard normal noise of step k, [B, ...].
-        low, high: log beta~ and log beta by step; NaN where the step takes z as it is.
-        guided: whether the network sees an unconditional half first; v is that of the conditional one.
-    """
-
-    halved: Halved
-    z: Callable[[int], Tensor]
-    low: list[float]
-    high: list[float]
-    guided: bool
-    follows_network: ClassVar[bool] = True  # so that the loop is not captured: graphs/loop.py
-
-    def __call__(self, k: int) -> Tensor:
-        z = self.z(k)
-        v = self.halved.v.chunk(2)[1] if self.guided else self.halved.v
-        if math.isnan(self.low[k]) or not isinstance(z, Tensor) or z.shape != v.shape:
-            return z  # of another shape: the loop refuses it
-        v = v.to(z.device, z.dtype)
-        low, high = 0.5 * self.low[k], 0.5 * self.high[k]
-        return (v * (0.5 * (high - low)) + 0.5 * (high + low)).exp() * z
-
-
 def sampling(
-    model: Any, stages: Sequence[Stage], path: paths.DiscreteVP, grid: np.ndarray, shape: Any, options: dict[str, Any],
-    *, learned: bool,
+    model: Any, stages: Sequence[Stage], path: paths.DiscreteVP, grid: np.ndarray, options: dict[str, Any], *,
+    learned: bool,
 ) -> tuple[Halved, Sequence[Stage], dict[str, Any]]:  # fmt: skip
     """What the loop runs in place of a model of doubled channels.
 
@@ -165,58 +137,29 @@ def sampling(
         learned: with the learned variance, the stages being DDPM's; else the prediction alone is used.
 
     Raises:
-        ValueError, TypeError: with it, a batch_size that splits the batch, guidance that changes how often a sample is
-            seen, or what the loop refuses.
+        ValueError: with it, a guide, or several conditions.
     """
-    halved, dtype = Halved(model), options.get("dtype", torch.float32)
-    options = dict(options)
+    halved, options = Halved(model), dict(options)
     if options.get("model_dtype") is None:
-        options["model_dtype"] = network.dtype_of(model, dtype)
+        options["model_dtype"] = network.dtype_of(model, options.get("dtype", torch.float32))
     start = next((options[k] for k in ("start", "init", "noise") if isinstance(options.get(k), Tensor)), None)
     if options.get("device") is None:
         options["device"] = network.device_of(model) if start is None else start.device
-    size = shape if start is None else tuple(start.shape)
-    if not learned or size is None:
+    if not learned:
         return halved, stages, options
-    size = loop.size_of(shape, start, "init" if start is options.get("init") else "initial state")
-    loop.check_step_noise(options.get("step_noise"), len(grid) - 1, size)
-    source = options.get("noise") if isinstance(options.get("noise"), Noise) else None
-    loop.check_source(options.get("seed"), source, options.get("generator"))
-    for name in ("guidance_interval", "guide"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name}: expected None with a learned variance, got {options[name]}")
+    if options.get("guide") is not None:
+        raise ValueError(f"guide: expected None with a learned variance, got {options['guide']}")
     if isinstance(options.get("cond"), (list, tuple)):
         raise ValueError(f"cond: expected one condition with a learned variance, got {len(options['cond'])}")
-    batch_size = options.get("batch_size")
-    if batch_size is not None and check.integer("batch_size", batch_size, 1) < size[0]:
-        raise ValueError(f"batch_size: expected None, or the whole batch, with a learned variance, got {batch_size}")
     low, high = ranges(path, grid[:-1], grid[1:])
-    plain = (path.sigma(grid[1:]) == 0.0) | (path.alpha(grid[:-1]) == path.alpha(grid[1:]))  # no noise to form
-    low = np.where(plain, np.nan, low)
-    given = options.get("step_noise")
-    if given is None:
-        source = _source(options)
-
-        def drawn(k: int) -> Tensor:
-            return ops.randn(size, noise=source.at(Purpose.STEP, k), device=options["device"], dtype=dtype)
-
-        z: Callable[[int], Tensor] = drawn
-    else:
-        z = given if callable(given) else given.__getitem__
-    options["step_noise"] = Learned(halved, z, low.tolist(), high.tolist(), options.get("guidance_scale") is not None)
+    plain = (path.sigma(grid[1:]) == 0.0) | (path.alpha(grid[:-1]) == path.alpha(grid[1:]))  # no noise to scale
     changed = [
-        stage if end else dataclasses.replace(stage, out=dataclasses.replace(stage.out, z=1.0))
-        for stage, end in zip(stages, plain, strict=True)
+        stage if end else dataclasses.replace(stage, out=dataclasses.replace(stage.out, z=1.0), log_scale=scale)
+        for stage, end, scale in zip(stages, plain, zip(*log_scales(low, high), strict=True), strict=True)
     ]
     return halved, changed, options
 
 
-def _source(options: Mapping[str, Any]) -> Noise:
-    """The Noise that the loop will settle on: where it draws a seed, the same of a copy of the generator."""
-    if isinstance(options.get("noise"), Noise):
-        found: Noise = options["noise"]
-        return found
-    if options.get("seed") is not None:
-        return Noise(options["seed"])
-    generator = options.get("generator") or torch.default_generator
-    return Noise.fresh(torch.Generator(generator.device).set_state(generator.get_state()))
+def log_scales(low: np.ndarray, high: np.ndarray) -> tuple[list[float], list[float]]:
+    """l0 and l1 of the standard deviation exp(l0 + l1 v), of log beta~ and log beta."""
+    return (0.25 * (high + low)).tolist(), (0.25 * (high - low)).tolist()

@@ -311,7 +311,7 @@ class Diffusion(Variational):
                 )
             options["step_noise"] = self._along(options["step_noise"], model, grid, shape, options)
         if self._range is not None:
-            model, stages, options = sampling(model, stages, self._table, grid, shape, options, learned=learned)
+            model, stages, options = sampling(model, stages, self._table, grid, options, learned=learned)
         time_dtype = torch.int64 if round_times else None
         return loop.run(model, stages, shape, time_dtype=time_dtype, along=along, **options)
 

@@ -2,8 +2,10 @@
 
     m     = m_u + w (m_c - m_u)
     y     = clamp(a x + b m, lo, hi)
-    out_j = the first given term, times its coefficient; then coefficient times term added, in the order
-            y, x, m, h0, h1, h2, z
+    r_j   = the first given term, times its coefficient; then coefficient times term added, in the order
+            y, x, m, h0, h1, h2, e z,    e = exp(l0 + l1 v)
+    out_j = r_j + mask (k_j - r_j), k_j = p_j known + q_j z: r_j where the mask is 0, k_j where it is 1, whatever the
+            other is
 
 float64 throughout for float64 tensors, else float32. The kernels contract each addition into a fused multiply-add;
 here product and sum may be rounded apart, so the two differ by roundings of that size. It runs on every device that
@@ -69,6 +71,10 @@ class Cells:
     def out(self, output: int, term: int) -> Tensor | float:
         """The coefficient of a term in an output."""
         return self[rows.out_cell(output, term)]
+
+    def known(self, output: int, term: int) -> Tensor | float:
+        """p (rows.P) or q (rows.Q) of an output."""
+        return self[rows.known_cell(output, term)]
 
     def clamps(self) -> bool:
         """Whether the prediction is clamped; a table may always."""
@@ -175,6 +181,23 @@ def combine(found: Sequence[tuple[int, Tensor]], cells: Cells, output: int) -> T
     return total
 
 
+def noise_scale(v: Tensor, cells: Cells) -> Tensor:
+    """e = exp(l0 + l1 v)."""
+    return (cells[rows.L1] * v + cells[rows.L0]).exp()
+
+
+def known_part(known: Tensor, z: Tensor | None, cells: Cells, output: int) -> Tensor:
+    """k = p known + q z."""
+    part = cells.known(output, rows.P) * known
+    return part if z is None else _add(part, cells.known(output, rows.Q), z)
+
+
+def blend(r: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """r + mask (k - r), with nothing of k where the mask is 0 and nothing of r where it is 1."""
+    mask = mask.to(r.dtype)
+    return torch.where(mask == 0.0, r, torch.where(mask == 1.0, k, r + mask * (k - r)))
+
+
 def _add(total: Tensor, coefficient: Tensor | float, term: Tensor) -> Tensor:
     """total + coefficient * term, rounded twice: torch's own addcmul rounds once or twice, depending on strides."""
     return total + coefficient * term
@@ -185,12 +208,13 @@ def map(  # noqa: A001
     row: Sequence[float], table: Tensor | None, index: Tensor | None, values: Sequence[Tensor], cells: Sequence[int],
     scales: Sequence[float], formula: int, noise: int, key: Sequence[int], device_key: Tensor | None,
     sample_ids: Tensor | None, use_pred: bool, out_dtypes: Sequence[int], size: Sequence[int] | None = None,
-    device: torch.device | None = None,
+    device: torch.device | None = None, v: Tensor | None = None, known: Tensor | None = None,
+    mask: Tensor | None = None, blended: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """torch.ops.genkern.map in plain PyTorch; same arguments."""
     outs = outputs(
         x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key, sample_ids,
-        use_pred, len(out_dtypes), size, device, DTYPES[out_dtypes[0]],
+        use_pred, len(out_dtypes), size, device, DTYPES[out_dtypes[0]], v, known, mask, blended,
     )  # fmt: skip
     return [_fresh(out.to(DTYPES[code]), outs[:j]) for j, (out, code) in enumerate(zip(outs, out_dtypes, strict=True))]
 
@@ -224,7 +248,7 @@ def reduce(
 def outputs(
     x: Any, m: Any, m_uncond: Any, h: Any, z: Any, row: Any, table: Any, index: Any, values: Any, cells: Any,
     scales: Any, formula: int, noise: int, key: Any, device_key: Any, sample_ids: Any, use_pred: bool, n_out: int,
-    size: Any, device: Any, dtype: torch.dtype,
+    size: Any, device: Any, dtype: torch.dtype, v: Any = None, known: Any = None, mask: Any = None, blended: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     like = x if x is not None else m if m is not None else z
     if like is not None:
@@ -233,8 +257,18 @@ def outputs(
     if noise:
         z = draw(noise, key, device_key, sample_ids, size, device, accumulator)
     of = Cells(row, table, index, values, cells, scales, formula, use_pred, len(size), accumulator)
-    found, _ = terms(x, m, m_uncond, h, z, of, use_pred, accumulator)
-    return [combine(found, of, j) for j in range(n_out)]
+    scaled = z
+    if v is not None:
+        scaled = noise_scale(v.to(accumulator), of) * z.to(accumulator)
+    found, _ = terms(x, m, m_uncond, h, scaled, of, use_pred, accumulator)
+    outs = [combine(found, of, j) for j in range(n_out)]
+    if known is None:
+        return outs
+    z = None if z is None else z.to(accumulator)
+    return [
+        blend(out, known_part(known.to(accumulator), z, of, j), mask) if blended >> j & 1 else out
+        for j, out in enumerate(outs)
+    ]
 
 
 def by_sample(t: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Editing given data: a loop that starts part of the way along the path, and one that keeps what is known.
 
     x_t = alpha_t init + sigma_t z      at the first t of the last max(1, floor(strength n)) of n steps
-    x_s <- mask x_s + (1 - mask) (alpha_s known + sigma_s z_k)      after step k; after the last one z_k is 0, alpha_s 1
+    x_s <- mask x_s + (1 - mask) (alpha_s known + sigma_s z_k)      of step k; of the last one sigma_s is 0, alpha_s 1
+
+The second line is part of the step's own pass (rows.Elementwise), which has one noise: z_k is that of the step where
+the step has noise, else a noise of its own. Where the mask is 0 or 1 an element has only one of the two.
 
 Meng et al., arXiv:2108.01073 (SDEdit); Lugmayr et al., arXiv:2201.09865, without its steps back.
 """
@@ -9,7 +12,7 @@ Meng et al., arXiv:2108.01073 (SDEdit); Lugmayr et al., arXiv:2201.09865, withou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -17,9 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import check
-from ..noise import Noise, Purpose
-from ..rows import Out, Row
-from .passes import Buffers, noised
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -33,9 +33,11 @@ class EditingOptions(TypedDict, total=False):
     strength: in (0, 1]: the part of the steps that is walked, the last max(1, floor(strength n)) of n. At 1 all are,
         and little is left of init.
     mask: where to generate, of 0 to 1, or bool; broadcast to [B, ...]: where it is 0, known is kept. Needs known. The
-        multistep samplers' earlier predictions stay the network's own.
-    known: data, [B, ...] floating, noised to the time of every step's end, with noise.at(Purpose.KNOWN, step); in the
-        result they are as given.
+        multistep samplers' earlier predictions stay the network's own. It has no gradient.
+    known: data, [B, ...] floating, noised to the time of every step's end; in the result they are as given. Their noise
+        is the step's own, given or drawn with noise.at(Purpose.STEP, step); of a step without noise it is drawn with
+        noise.at(Purpose.KNOWN, step). Where the mask lies between 0 and 1, a step of noise d z and what is known thus
+        share their z, of which the sum has mask d + (1 - mask) sigma_s, and not the root of the sum of their squares.
     """
 
     init: Tensor | None
@@ -75,17 +77,22 @@ def refuse(options: Mapping[str, Any], where: str) -> None:
 
 
 class Inpaint(NamedTuple):
-    """Where to generate, and what is known elsewhere, both [B, ...] of the state's dtype."""
+    """What is known, of the state's dtype, and where it is kept, of 0 to 1 or bool; [B, ...], laid out as states."""
 
-    mask: Tensor
+    keep: Tensor
     known: Tensor
 
     def of_samples(self, low: int, high: int) -> Inpaint:
-        return Inpaint(self.mask[low:high], self.known[low:high])
+        return Inpaint(self.keep[low:high], self.known[low:high])
+
+    @property
+    def kind(self) -> Hashable:
+        """What of it is no number, for captures."""
+        return self.keep.dtype
 
 
-def inpainting(mask: Any, known: Any, like: Tensor) -> Inpaint | None:
-    """The options mask and known, checked, for a state like `like`.
+def inpainting(mask: Any, known: Any, like: Tensor, start: Tensor | None) -> Inpaint | None:
+    """The options mask and known, checked, for a state like `like`, laid out as a given start is.
 
     Raises:
         ValueError, TypeError: one of them alone, another shape, another type, a mask outside [0, 1].
@@ -100,45 +107,26 @@ def inpainting(mask: Any, known: Any, like: Tensor) -> Inpaint | None:
             raise TypeError(f"{name}: expected a tensor of {check.FLOATS}, got {getattr(value, 'dtype', type(value))}")
     if known.shape != like.shape:
         raise ValueError(f"known: expected shape {tuple(like.shape)}, got {tuple(known.shape)}")
-    mask, known = mask.to(like.device, like.dtype), known.to(like.device, like.dtype)
-    check.mask(mask, like)
-    return Inpaint(check.inside("mask", mask, 0.0, 1.0).expand(like.shape), known)
+    flags = mask.dtype == torch.bool
+    mask = mask.to(like.device) if flags else mask.to(like.device, like.dtype)
+    known = known.to(like.device, like.dtype)
+    keep = ~check.mask(mask, like) if flags else 1.0 - check.mask(check.inside("mask", mask, 0.0, 1.0), like)
+    return Inpaint(*(_laid_out(t, start) for t in (keep, known)))
 
 
-class Blend:
-    """The passes that keep what is known, after those of a step.
+def _laid_out(t: Tensor, start: Tensor | None) -> Tensor:
+    """A tensor with the strides of the loop's states, once for all passes: they then read it in the order of memory."""
+    if start is None:
+        return t.contiguous()
+    found = torch.empty_like(start, dtype=t.dtype)
+    return t if t.stride() == found.stride() else found.copy_(t)
 
-    Args:
-        task: the run.
-        buffers: of its loop.
-    """
 
-    def __init__(self, task: Run, buffers: Buffers) -> None:
-        assert task.along is not None
-        self._stages, self._buffers = task.stages, buffers
-        lines = [(1.0, 0.0, 1.0)] * len(task.stages)
-        for i, stage in enumerate(task.stages[:-1]):
-            if stage.time is not None:
-                lines[i] = (*task.along.scales(stage.time), task.stages[i + 1].input_scale)
-        self.numbers = torch.tensor(lines, dtype=torch.float64).to(task.device)
-
-    def __call__(
-        self, i: int, stage: Tensor, x: Tensor, seen: Tensor, given: Inpaint, noise: Noise, key: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The state and the network's input, blended.
-
-        Args:
-            i: the stage, or under a key one that writes the same buffers.
-            stage: its number, int64 [1] on the device.
-            x, seen: what the stage's pass has written.
-            given: of the part.
-            noise: of the part.
-            key: int64 [3] on the device, seed, stream and step, in place of the noise's and the stage's.
-        """
-        if self._stages[i].time is None:
-            return x, seen
-        alpha, sigma, following = self.numbers.index_select(0, stage).unbind(1)
-        drawn = noise.at(Purpose.KNOWN, self._stages[i].step if key is None else 0)
-        known = noised(Row((Out(x=alpha, z=sigma),)), given.known, drawn, key)
-        blended = torch.lerp(known, x, given.mask, out=x if self._buffers.reused else None)
-        return self._buffers.entered(i, blended, following if i + 1 < len(self._stages) else None)
+def weights_of(task: Run, i: int) -> tuple[float, float] | None:
+    """(alpha_s, sigma_s) of what is known at the end of the step that stage i ends; None: its pass does not blend."""
+    time = task.stages[i].time
+    if task.inpaint is None or time is None:
+        return None
+    assert task.along is not None
+    alpha, sigma = task.along.scales(time) if i + 1 < len(task.stages) else (1.0, 0.0)
+    return float(alpha), float(sigma)

@@ -28,7 +28,7 @@ from ..rows import Out, Row
 from ..threshold import DynamicThreshold
 from . import editing, energy, guidance, network
 from .callback import STOP, Callback, bar, observe
-from .editing import Blend, EditingOptions, Inpaint
+from .editing import EditingOptions, Inpaint
 from .energy import Guide, GuideOptions, Steered
 from .guidance import GuidanceOptions, Guided, Outputs
 from .passes import Buffers, Update
@@ -153,7 +153,7 @@ class Run:
     @property
     def numbered(self) -> bool:
         """Whether passes beside a stage's own look its numbers up on the device."""
-        return self.inpaint is not None or (self.guided is not None and self.guided.apg is not None)
+        return self.guided is not None and self.guided.apg is not None
 
     @property
     def watched(self) -> bool:
@@ -274,7 +274,7 @@ def run(
     steering = energy.checked(guide, guide_scale, guide_through, guide_cond, stages, along, like)
     if steering is not None and differentiable:
         raise ValueError("guide: expected None with differentiable=True, as it takes gradients of its own")
-    inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size))
+    inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size), start)
     if inpaint is not None and along is None:
         raise ValueError("mask: expected None where the sampler's path is not known, got a tensor")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
@@ -361,14 +361,13 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
 
     x, seen = begin(task, part, buffers)
     outputs = Outputs(task, part.n, x) if part.guide is None else Steered(task, part.n, x, part.guide)
-    blend = None if task.inpaint is None else Blend(task, buffers)
     kept = [x.clone()] if task.return_trajectory else []
     before = x
     for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
         m, m_uncond, rescale = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
-        before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage), rescale)
-        if blend is not None and part.inpaint is not None:
-            x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
+        v = None if stage.log_scale is None else network.range_of(task.model, part.n, task.dtype)
+        z = given_noise(task, part, stage)
+        before, (x, seen) = x, update(x, m, m_uncond, before, z, rescale, v, part.inpaint)
         changed = observe(task, stage, x, kept, tick) if task.watched else None
         if changed is STOP:
             break

@@ -46,6 +46,13 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
     return out
 
 
+def range_of(model: Any, n: int, dtype: torch.dtype) -> Tensor:
+    """v of a network that says a variance beside its prediction (methods/_learned_variance.py): that of the n samples
+    of its last call, under guidance of their conditional half.  [n, ...]"""
+    v: Tensor = model.v
+    return at_most(v[v.shape[0] - n :], dtype)
+
+
 def at_most(m: Tensor, dtype: torch.dtype) -> Tensor:
     """m, rounded to dtype where it is of a higher precision: no term of a row may exceed the state's."""
     return m.to(dtype) if m.dtype.itemsize > dtype.itemsize else m

@@ -12,13 +12,15 @@ from torch import Tensor
 from .. import check, functions
 from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
-from ..rows import MAX_OUTS, Coef, Out, Row, RowTable, pack
+from ..rows import MAX_OUTS, Coef, Elementwise, Out, Row, RowTable, pack
 from ..rows import times as scaled
-from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
+from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, KNOWN, M_UNCOND, MASK, TABLE, M, V, X, Z, numbers
 from ..threshold import DynamicThreshold
+from . import editing
 from .by_sample import BySample
 
 if TYPE_CHECKING:
+    from .editing import Inpaint
     from .loop import Run
 
 
@@ -59,12 +61,17 @@ class Update:
         fused = outs[:1] if split else outs
         guides = task.guided is not None and task.guided.fused and task.guided.on[i]
         bounds = (-1.0, 1.0) if isinstance(clip, DynamicThreshold) else clip
-        self._row = Row((*fused, *kept), pred=stage.pred, clip=bounds, guidance=guidance if guides else None)
+        weights = editing.weights_of(task, i)
+        elementwise = _elementwise(stage.log_scale, weights, following, len(fused), len(kept))
+        self._row = Row((*fused, *kept), stage.pred, bounds, guidance if guides else None, elementwise)
+        self._scales, self._blends = stage.log_scale is not None, weights is not None
         self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
         self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
         self._keeps = tuple(slot for slot, _ in stage.keeps)
-        drawn = task.step_noise is None and stage.out.z != 0.0
-        self._noise = noise.at(Purpose.STEP, stage.step if live is None else 0) if drawn else None
+        own = stage.out.z != 0.0
+        drawn = task.step_noise is None if own else weights is not None and weights[1] != 0.0
+        purpose, step = Purpose.STEP if own else Purpose.KNOWN, stage.step if live is None else 0
+        self._noise = noise.at(purpose, step) if drawn else None
         self._text: str | None = None
         self._threshold, self._by_sample = threshold, None
         if buffers.reused:
@@ -119,8 +126,8 @@ class Update:
         """What of a pass is no number: two of one kind, over the same buffers, differ in their rows alone."""
         spec = self._spec
         return (
-            spec.noise, spec.use_pred, spec.dtypes, self._n_h, self._reads, self._keeps, self._copy is not None,
-            tuple(out.data_ptr() for out in self._outs),
+            spec.noise, spec.key, spec.use_pred, spec.dtypes, self._n_h, self._reads, self._keeps, self._scales,
+            spec.blended, self._copy is not None, tuple(out.data_ptr() for out in self._outs),
         )  # fmt: skip
 
     @property
@@ -140,18 +147,21 @@ class Update:
 
     def __call__(
         self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None,
-        rescale: Tensor | None = None,
+        rescale: Tensor | None = None, v: Tensor | None = None, inpaint: Inpaint | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new state and the next network input. rescale: a factor of m in every sample, float64 [n], or None."""
+        keep, known = inpaint if inpaint is not None and self._blends else (None, None)
         memory = self._buffers.memory
         h = tuple(memory[slot] for slot in self._reads) if self._reads else (before,) * self._n_h
         if not self._buffers.reused:
             row, m, m_uncond = self._differentiable(x, m, m_uncond, rescale)
-            return self._anew(row, x=x, m=m, m_uncond=m_uncond, h=h, noise=self._noise if z is None else z)
+            noise = self._noise if z is None else z
+            return self._anew(row, x=x, m=m, m_uncond=m_uncond, h=h, noise=noise, v=v, known=known, mask=keep)
         for out in self._outs:
-            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z)))
+            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z), ("v", v)))
         tensors = self._tensors.copy()
         tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
+        tensors[V], tensors[KNOWN], tensors[MASK] = v, known, keep
         if h:
             tensors[FIRST_H : FIRST_H + len(h)] = h
         if self._by_sample is not None:
@@ -183,7 +193,7 @@ class Update:
         a, b = row.pred
         of_data = Row((Out(x=a, m=b),), guidance=row.guidance)
         (y,) = apply_row(of_data, x=x, m=m, m_uncond=m_uncond, dtypes=(self._dtypes[0],))
-        return Row(row.outs, pred=(0.0, 1.0)), self._threshold.applied(y), None
+        return Row(row.outs, (0.0, 1.0), elementwise=row.elementwise), self._threshold.applied(y), None
 
     def _anew(self, row: Row, **terms: Any) -> tuple[Tensor, Tensor]:
         """The same into new tensors, where a gradient is kept."""
@@ -225,14 +235,17 @@ class First:
             functions.run_numbers(self._text, self._outs, tensors)
 
 
-def noised(row: Row, x: Tensor, noise: Noise, key: Tensor | None) -> Tensor:
-    """A row of x and noise, with one output, its coefficients in device memory; with seed, stream and step of the key,
-    int64 [3], where one is given."""
-    if key is None:
-        return apply_row(row, x=x, noise=noise)[0]
-    spec, tensors = prepared(row, noise, x, 0, (x.dtype,))
-    tensors[X], tensors[DEVICE_KEY] = x, key
-    return functions.map_rows(spec, *tensors)[0]
+def _elementwise(
+    log_scale: tuple[float, float] | None, weights: tuple[float, float] | None, following: float | None, n_fused: int,
+    n_kept: int,
+) -> Elementwise | None:  # fmt: skip
+    """Of a stage's pass: the state and the network's inputs, `following` times it, are blended; what is kept is not."""
+    if weights is None:
+        return None if log_scale is None else Elementwise(log_scale)
+    alpha, sigma = weights
+    c = 1.0 if following is None else following
+    inputs = ((c * alpha, c * sigma),) * (n_fused - 1)
+    return Elementwise(log_scale, (weights, *inputs, *(None,) * n_kept))
 
 
 class Buffers:

@@ -33,6 +33,8 @@ class Stage:
             read and written at once.
         at: the time of the network call, as the path counts it; None: model_time.
         before: of the first stage: the initial state as a row of x, what is given or drawn, and of noise z of its own.
+        log_scale: (l0, l1): z of the new state is times exp(l0 + l1 v), v what the network says of the variance
+            (network.range_of).
     """
 
     model_time: float
@@ -45,6 +47,7 @@ class Stage:
     keeps: tuple[tuple[int, Out], ...] = ()
     at: float | None = None
     before: Out | None = None
+    log_scale: tuple[float, float] | None = None
 
     @property
     def outs(self) -> tuple[Out, ...]:

@@ -9,7 +9,7 @@ namespace {
 void choose_in_place(Pass& pass) {
   const MapArgs& args = pass.args;
   if (chance(0.5)) return;
-  for (int k : {kX, kM, kH0}) {
+  for (int k : {kX, kM, kH0, kV, kKnownData}) {
     if (args.in[k].data == nullptr || args.in[k].dtype != args.out[0].dtype) continue;
     bool apart = true;
     for (int d = 0; d < args.ndim; ++d) apart = apart && (args.sizes[d] == 1 || pass.buffers[k].strides[d] != 0);
@@ -32,9 +32,12 @@ bool same(const Buffer& a, const Buffer& b, DType dtype) {
 }
 
 int fail(int number, const MapArgs& args, const char* what) {
-  std::printf("pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d\n",
-              number, what, args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
-              static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values);
+  std::printf(
+      "pass %d differs: %s; ndim %d, outputs %d, f64 %d, noise %d, pred %d, formula %d, table %d, values %d, "
+      "v %d, blended %u\n",
+      number, what, args.ndim, args.n_out, args.f64, static_cast<int>(args.noise.draw_kind), args.use_pred,
+      static_cast<int>(args.rows.formula), args.rows.table != nullptr, args.rows.n_values, args.in[kV].data != nullptr,
+      args.blended);
   return 1;
 }
 

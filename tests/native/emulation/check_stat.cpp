@@ -33,7 +33,7 @@ double bound_of(const double* sums, int n_out, int64_t n, int k) {
 
 int check(int number) {
   Pass pass;
-  build(pass, false, chance(0.12));
+  build(pass, false, chance(0.12), false);
   MapArgs& args = pass.args;
   args.noise = {};
   if (args.in[kX].data == nullptr && args.in[kM].data == nullptr && args.in[kZ].data == nullptr) return 0;

@@ -82,8 +82,9 @@ struct Pass {
   bool unwritten = false;     // a reduction's residual is not wanted
 };
 
-// large: of some samples that more than one block takes in a selection.
-void build(Pass& pass, bool reduce, bool large = false) {
+// large: of some samples that more than one block takes in a selection. elementwise: v, or known and a mask, may be
+// given.
+void build(Pass& pass, bool reduce, bool large = false, bool elementwise = true) {
   MapArgs& args = pass.args;
   std::vector<int64_t> sizes{pick(1, !large && chance(0.2) ? 90 : 4)};
   // Half of the passes are of whole aligned vectors: those that kernels are compiled for.
@@ -149,11 +150,27 @@ void build(Pass& pass, bool reduce, bool large = false) {
     if (args.in[kMask].dtype == DType::f32)
       for (size_t i = 3; i < mask.bytes.size(); i += 4) mask.bytes[i] &= 0x7f;
   }
+  const bool noise = draws || args.in[kZ].data != nullptr;
+  elementwise = elementwise && !reduce;
+  if (elementwise && noise && chance(0.25)) give(kV, network(), false);
+  if (elementwise && chance(0.25)) {
+    give(kKnownData, dtype(), false);
+    give(kMask, halves && chance(0.5) ? half : chance(0.5) ? DType::u8 : DType::f32, false);
+    // Of every kind: 0, 1, between, and beyond.
+    Buffer& mask = pass.buffers[kMask];
+    if (args.in[kMask].dtype == DType::f32) {
+      for (size_t i = 0; i + 3 < mask.bytes.size(); i += 4) {
+        const float weight = static_cast<float>(pick(0, 1));
+        if (chance(0.5)) std::memcpy(&mask.bytes[i], &weight, sizeof weight);
+      }
+    }
+  }
   args.n_out = reduce ? 1 : static_cast<int>(chance(0.6) ? 1 : pick(2, 3));
+  if (args.in[kKnownData].data != nullptr) args.blended = static_cast<uint32_t>(pick(1, (1 << args.n_out) - 1));
   for (int j = 0; j < args.n_out; ++j) give(kInputs + j, j > 0 || reduce ? network() : dtype(), true);
 
   RowSource& rows = args.rows;
-  rows.n_cells = kFirstOut + kOutCells * args.n_out;
+  rows.n_cells = args.elementwise() ? kRowCells : kFirstOut + kOutCells * args.n_out;
   std::normal_distribution<double> normal;
   for (double& c : rows.base) c = normal(rng);
   rows.base[kLo] = -0.5, rows.base[kHi] = 0.7;
@@ -180,7 +197,11 @@ void build(Pass& pass, bool reduce, bool large = false) {
       const bool one = chance(0.3);
       pass.values.emplace_back();
       for (int64_t b = 0; b < (one ? 1 : sizes[0]); ++b) pass.values.back().push_back(normal(rng));
-      const int cell = static_cast<int>(rows.formula != Formula::none && chance(0.5) ? 30 : pick(0, rows.n_cells - 1));
+      const bool of_path = rows.formula != Formula::none && chance(0.5);
+      const bool last = args.elementwise() && chance(0.4);
+      const int cell = static_cast<int>(of_path ? 30
+                                        : last  ? pick(kL0, kRowCells - 1)
+                                                : pick(0, kFirstOut + kOutCells * args.n_out - 1));
       rows.values[k] = {nullptr, DType::f64, one ? 0 : 1, cell, chance(0.5) ? 1.0 : 0.5};
     }
     for (int k = 0; k < rows.n_values; ++k) rows.values[k].data = pass.values[k].data();
