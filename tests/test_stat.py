@@ -16,7 +16,19 @@ from genkern import _library, stat
 from genkern.rows import Out, Row, RowTable, pack
 
 F64 = torch.float64
-SHAPES = [(0, 3), (2, 0), (3,), (1, 1), (5, 1), (3, 7), (2, 3, 5, 8), (4, 3, 33), (2, 20001), (3, 2, 64, 72), (2, 70001)]
+SHAPES = [
+    (0, 3),
+    (2, 0),
+    (3,),
+    (1, 1),
+    (5, 1),
+    (3, 7),
+    (2, 3, 5, 8),
+    (4, 3, 33),
+    (2, 20001),
+    (3, 2, 64, 72),
+    (2, 70001),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAYOUTS = ["contiguous", "strided", "channels_last", "expanded", "offset"]
 QS = [0.0, 0.25, 0.5, 0.995, 1.0]
