@@ -86,6 +86,33 @@ struct Counts {
     }
   }
 
+  void begin(Digit<Acc> of, uint64_t head) {
+    digit = of, prefix = head, nans = 0, above = ~uint64_t{0};
+    std::fill(bins, bins + kBins, 0);
+  }
+
+  uint64_t key_at(int bin) const { return prefix << digit.width | static_cast<uint64_t>(bin); }
+
+  // The bin of the number of a rank, which becomes its rank in the bin.
+  int find(uint64_t& rank) const {
+    int bin = 0;
+    for (; rank >= bins[bin]; ++bin) rank -= bins[bin];
+    return bin;
+  }
+
+  // Of the last digit: the number of a rank, toward the next.
+  Acc answer(uint64_t rank, double rest) const {
+    int bin = find(rank);
+    Acc low, high;
+    value_of(key_at(bin), low);
+    if (rest == 0.0) return low;
+    if (rank + 1 >= bins[bin]) {
+      for (++bin; bin < kBins && bins[bin] == 0;) ++bin;
+    }
+    value_of(bin < kBins ? key_at(bin) : above, high);
+    return interpolate(low, high, rest);
+  }
+
   void merge(const Counts& other) {
     for (int k = 0; k < kBins; ++k)
       if (other.bins[k] != 0) __atomic_fetch_add(&bins[k], other.bins[k], __ATOMIC_RELAXED);
@@ -97,45 +124,58 @@ struct Counts {
   }
 };
 
-// A sample of several chunks, counted once a digit.
+// The counts of the samples that a thread comes by, merged into those of all threads one sample after another.
 template <typename Acc>
-Acc large_quantile(const ValuesCpu& cpu, const Place& place, int64_t b, const Parallel& parallel) {
-  const int64_t chunks = chunks_per_sample(cpu.walk->n);
-  uint64_t prefix = 0, rank = place.rank;
-  for (int d = 0;; ++d) {
-    Counts<Acc> all;
-    all.digit = Digit<Acc>(d);
-    all.prefix = prefix;
-    over_tasks(parallel, grain(*cpu.walk), b * chunks, chunks, [&](int64_t begin, int64_t end) {
-      Counts<Acc> some;
-      some.digit = all.digit;
-      some.prefix = prefix;
-      ValuesCpu own = cpu;
-      own.context = &some;
-      own.take = [](void* c, int64_t, const void* values, int count) {
-        static_cast<Counts<Acc>*>(c)->add(static_cast<const Acc*>(values), count);
-      };
-      chosen_isa()->values(own, begin, end);
-      all.merge(some);
-    });
-    if (all.nans != 0) return std::numeric_limits<Acc>::quiet_NaN();
-    int bin = 0;
-    for (; rank >= all.bins[bin]; ++bin) rank -= all.bins[bin];
-    const auto key_at = [&](int k) { return prefix << all.digit.width | static_cast<uint64_t>(k); };
-    if (d + 1 < Digit<Acc>::kCount) {
-      prefix = key_at(bin);
-      continue;
+struct Part {
+  std::vector<Counts<Acc>>& all;
+  Counts<Acc> some;
+  int64_t b = -1;
+
+  explicit Part(std::vector<Counts<Acc>>& counts) : all(counts) {}
+  void add(int64_t sample, const Acc* values, int count) {
+    if (sample != b) {
+      finish();
+      b = sample;
+      some.begin(all[static_cast<size_t>(b)].digit, all[static_cast<size_t>(b)].prefix);
     }
-    Acc low, high;
-    value_of(key_at(bin), low);
-    uint64_t next = key_at(bin);
-    if (rank + 1 >= all.bins[bin]) {
-      for (++bin; bin < kBins && all.bins[bin] == 0;) ++bin;
-      next = bin < kBins ? key_at(bin) : all.above;
+    some.add(values, count);
+  }
+  void finish() {
+    if (b >= 0) all[static_cast<size_t>(b)].merge(some);
+  }
+};
+
+// Samples of many elements, counted once a digit.
+template <typename Acc>
+void large_quantiles(const ValuesCpu& cpu, const Place& place, Acc* out, const Parallel& parallel) {
+  const auto batch = static_cast<size_t>(cpu.walk->batch);
+  std::vector<Counts<Acc>> all(batch);
+  std::vector<uint64_t> ranks(batch, place.rank);
+  for (int d = 0; d < Digit<Acc>::kCount; ++d) {
+    over_tasks(parallel, grain(*cpu.walk), 0, cpu.walk->batch * chunks_per_sample(cpu.walk->n),
+               [&](int64_t begin, int64_t end) {
+                 Part<Acc> part(all);
+                 ValuesCpu own = cpu;
+                 own.context = &part;
+                 own.take = [](void* c, int64_t b, const void* values, int count) {
+                   static_cast<Part<Acc>*>(c)->add(b, static_cast<const Acc*>(values), count);
+                 };
+                 chosen_isa()->values(own, begin, end);
+                 part.finish();
+               });
+    for (size_t b = 0; b < batch; ++b) {
+      Counts<Acc>& counts = all[b];
+      if (counts.nans != 0) {
+        out[b] = std::numeric_limits<Acc>::quiet_NaN();
+        continue;
+      }
+      if (d + 1 == Digit<Acc>::kCount) {
+        out[b] = counts.answer(ranks[b], place.rest);
+      } else {
+        const int bin = counts.find(ranks[b]);
+        counts.begin(Digit<Acc>(d + 1), counts.key_at(bin));
+      }
     }
-    if (place.rest == 0.0) return low;
-    value_of(next, high);
-    return interpolate(low, high, place.rest);
   }
 }
 
@@ -150,7 +190,7 @@ void quantile_typed(const QuantileArgs& args, const Walk& walk, const Parallel& 
     over_tasks(parallel, (kGrainElements + walk.n - 1) / walk.n, 0, walk.batch,
                [&](int64_t begin, int64_t end) { small_quantiles(cpu, place, out, begin, end); });
   } else {
-    for (int64_t b = 0; b < walk.batch; ++b) out[b] = large_quantile<Acc>(cpu, place, b, parallel);
+    large_quantiles<Acc>(cpu, place, out, parallel);
   }
 }
 
