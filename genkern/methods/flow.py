@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import check, grids, ops, paths
 from ..noise import Purpose
-from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, editing, loop, network
+from ..samplers import AB2, RK4, Along, Dopri5, Euler, Heun, Midpoint, OnPath, editing, loop, network
 from ..samplers.table import Sampler, stages_of
+from . import _adaptive
 from ._density import DensityRun
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Flow:
         x0: Tensor | None = None,
         x1: Tensor | None = None,
         along: paths.Path | None = None,
+        return_stats: bool = False,
         **options: Unpack[loop.Options],
     ) -> Any:
         """Solve dx/dt = v(x, t), eq. (13.14): from noise or a source at t = 0 to data at t = 1, or back.
@@ -106,19 +108,24 @@ class Flow:
             shape: [B, ...] of the state; not needed where it is given.
             steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler" and
                 "ab2", two with "midpoint" and "heun", four with "rk4".
-            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler.
-            times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler; or "dopri5", samplers.Dopri5() with its
+                tolerances, which chooses its steps (steps is None).
+            times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward). Of "dopri5" the
+                times of the trajectory; default the ends.
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
             x0: the initial state of "forward"; default N(0, sigma(0)^2 I).
             x1: the initial state of "backward".
             along: another path on [0, 1] to solve along (samplers.Along): times, states and sources are that path's.
-            options: samplers.Options.
+            return_stats: of "dopri5": return samplers.adaptive.Stats too, as the last.
+            options: samplers.Options; with "dopri5" those that methods/_adaptive.py does not refuse: no callback,
+                editing or guide, no guidance but the plain one, and no gradient.
 
         Returns:
             The state at the last time [B, ...], float32; with return_trajectory (state, trajectory).
 
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+            RuntimeError: "dopri5" has not reached the end (samplers.Dopri5.solve).
         """
         forward = check.choice("direction", direction, DIRECTIONS) == "forward"
         if forward and x1 is not None:
@@ -128,6 +135,13 @@ class Flow:
         start = x0 if forward else x1
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
+        adaptive = Dopri5() if isinstance(sampler, str) and sampler == "dopri5" else sampler
+        if isinstance(adaptive, Dopri5):
+            return self._adaptive(
+                model, adaptive, shape, steps, times, forward, start, along, loop.known(options), return_stats
+            )
+        if return_stats:
+            raise ValueError("return_stats: expected False with a sampler whose steps are given, got True")
         grid = _grid(steps, times, forward)
         if not forward:
             editing.refuse(options, "with direction='backward', which leads away from the data")
@@ -137,6 +151,17 @@ class Flow:
         grid, more = editing.begun(grid, asked, loop.known(options))
         stages = stages_of(sampler_named(sampler), asked, grid)
         return loop.run(model, stages, shape, start=start, along=asked, **{"scale": path.sigma(0.0), **more})
+
+    def _adaptive(
+        self, model: Any, pair: Dopri5, shape: Any, steps: Any, times: Any, forward: bool, start: Any, along: Any,
+        options: Any, return_stats: bool,
+    ) -> Any:  # fmt: skip
+        if steps is not None:
+            raise ValueError(f"steps: expected None with a sampler that chooses its steps, got {steps}")
+        if along is not None:
+            raise ValueError("along: expected None with a sampler that chooses its steps, got a path")
+        grid = _even(1, forward) if times is None else _grid(None, times, forward)
+        return _adaptive.sample(model, pair, grid, shape, start, self.path.sigma(0.0), options, return_stats)
 
     def log_prob(
         self,

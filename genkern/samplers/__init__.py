@@ -7,6 +7,7 @@ from .callback import STOP
 from .consistency import Multistep
 from .ddim import DDIM
 from .ddpm import DDPM
+from .dopri5 import Dopri5
 from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
 from .edm_heun import EDMHeun
@@ -33,6 +34,7 @@ __all__ = [
     "Along",
     "DPMSolver",
     "DPMSolverSDE",
+    "Dopri5",
     "EDMHeun",
     "Euler",
     "EulerAncestral",
