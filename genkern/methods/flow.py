@@ -10,20 +10,41 @@ import torch
 from torch import Tensor
 
 from .. import check, grids, ops, paths
+from .. import steps as stochastic
 from ..noise import Purpose
-from ..samplers import AB2, RK4, Along, Dopri5, Euler, Heun, Midpoint, OnPath, editing, loop, network
+from ..samplers import (
+    AB2,
+    CPS,
+    RK4,
+    Along,
+    Dopri5,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Midpoint,
+    OnPath,
+    Overshoot,
+    editing,
+    loop,
+    network,
+)
+from ..samplers.flow_sde import Stochastic
 from ..samplers.table import Sampler, stages_of
 from . import _adaptive
 from ._density import DensityRun
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Unpack
 
     from ._density import DensityOptions
 
 SAMPLERS: dict[str, Any] = {"euler": Euler, "ab2": AB2, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
+STOCHASTIC: dict[str, Any] = {
+    "sde": EulerMaruyama, "flow_grpo": lambda: EulerMaruyama(0.7, "flow_grpo"), "cps": CPS, "overshoot": Overshoot,
+}  # fmt: skip
+NAMED = SAMPLERS | {"dopri5": Dopri5} | STOCHASTIC
 DIRECTIONS = ("forward", "backward")
 
 
@@ -59,10 +80,11 @@ def flow_path(name: str, path: Any) -> paths.Path:
     return path
 
 
-def sampler_named(sampler: str | Sampler) -> Sampler:
-    """An ODE sampler by its name, or as given."""
+def sampler_named(sampler: str | Sampler, named: Mapping[str, Any] = SAMPLERS) -> Sampler:
+    """A sampler by its name, an ODE's unless others are given, or as given."""
     if isinstance(sampler, str):
-        return SAMPLERS[check.choice("sampler", sampler, tuple(SAMPLERS))]()
+        found: Sampler = named[check.choice("sampler", sampler, tuple(named))]()
+        return found
     return given_sampler(sampler)
 
 
@@ -92,7 +114,7 @@ class Flow:
         shape: Sequence[int] | None = None,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "euler",
+        sampler: str | Sampler | Dopri5 = "euler",
         times: Any = None,
         direction: str = "forward",
         x0: Tensor | None = None,
@@ -108,8 +130,9 @@ class Flow:
             shape: [B, ...] of the state; not needed where it is given.
             steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler" and
                 "ab2", two with "midpoint" and "heun", four with "rk4".
-            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler; or "dopri5", samplers.Dopri5() with its
-                tolerances, which chooses its steps (steps is None).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler; "dopri5", samplers.Dopri5() with its
+                tolerances, which chooses its steps (steps is None); or with noise, from a Gaussian source, "sde",
+                "flow_grpo" (samplers.EulerMaruyama), "cps", "overshoot" (docs/samplers.md), one call a step.
             times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward). Of "dopri5" the
                 times of the trajectory; default the ends.
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
@@ -135,10 +158,10 @@ class Flow:
         start = x0 if forward else x1
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
-        adaptive = Dopri5() if isinstance(sampler, str) and sampler == "dopri5" else sampler
-        if isinstance(adaptive, Dopri5):
+        chosen: Any = sampler if isinstance(sampler, Dopri5) else sampler_named(sampler, NAMED)
+        if isinstance(chosen, Dopri5):
             return self._adaptive(
-                model, adaptive, shape, steps, times, forward, start, along, loop.known(options), return_stats
+                model, chosen, shape, steps, times, forward, start, along, loop.known(options), return_stats
             )
         if return_stats:
             raise ValueError("return_stats: expected False with a sampler whose steps are given, got True")
@@ -149,7 +172,7 @@ class Flow:
         path = self.path if along is None else flow_path("along", along)
         asked = trained if along is None else Along(trained, path)
         grid, more = editing.begun(grid, asked, loop.known(options))
-        stages = stages_of(sampler_named(sampler), asked, grid)
+        stages = stages_of(chosen, asked, grid)
         return loop.run(model, stages, shape, start=start, along=asked, **{"scale": path.sigma(0.0), **more})
 
     def _adaptive(
@@ -162,6 +185,42 @@ class Flow:
             raise ValueError("along: expected None with a sampler that chooses its steps, got a path")
         grid = _even(1, forward) if times is None else _grid(None, times, forward)
         return _adaptive.sample(model, pair, grid, shape, start, self.path.sigma(0.0), options, return_stats)
+
+    def step(
+        self, x_t: Tensor, model_output: Tensor, t: Any, s: Any, *, sampler: str | Stochastic = "flow_grpo",
+        x_s: Tensor | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A stochastic step from t to s with its log-density, of the network's output at t: steps.linear on this path.
+
+        Args:
+            x_t: state at t.  [B, ...].
+            model_output: the network's output, the velocity at (x_t, t).  [B, ...].
+            t, s: times in [0, 1] with t < s, each a number, or one a sample, [B].
+            sampler: "sde", "flow_grpo", "cps", "overshoot", or such a sampler with its options.
+            x_s: the state at s to score; None: sample it.
+            options: of steps.linear: noise, uncond, guidance_scale, reduction.
+
+        Returns:
+            (x_s, log p(x_s | x_t)).  [B, ...] and [B].
+
+        Raises:
+            ValueError, TypeError: as steps.linear; a step that leaves no noise, such as "cps" has to s = 1.
+
+        Source: arXiv:2505.05470; arXiv:2509.05952.
+        """
+        chosen: Any = sampler_named(sampler, STOCHASTIC) if isinstance(sampler, str) else sampler
+        if not isinstance(chosen, Stochastic):
+            raise TypeError(
+                f"sampler: expected {', '.join(map(repr, STOCHASTIC))}, or one of their kind, got {chosen!r}"
+            )
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected a torch tensor, got {type(x_t).__name__}")
+        t, s = check.coefficient("t", t, x_t, 0.0, 1.0), check.coefficient("s", s, x_t, 0.0, 1.0)
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and not t < s:
+            raise ValueError(f"t, s: expected t < s, toward the data, got {t:g} and {s:g}")
+        t, s = (time.double() if isinstance(time, Tensor) else time for time in (t, s))
+        c_x, c_m, std = chosen.coefficients(OnPath(self.path, "velocity"), t, s)
+        return stochastic.linear(x_t, model_output, c_x, c_m, std, x_s=x_s, **options)
 
     def log_prob(
         self,

@@ -12,6 +12,8 @@ from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
 from .edm_heun import EDMHeun
 from .euler import Euler
+from .flow_refresh import CPS, Overshoot
+from .flow_sde import EulerMaruyama
 from .guidance import APG
 from .heun import Heun
 from .inversion import DDIMInversion
@@ -27,6 +29,7 @@ __all__ = [
     "STOP",
     "AB2",
     "APG",
+    "CPS",
     "DDIM",
     "DDIMInversion",
     "DDPM",
@@ -38,12 +41,14 @@ __all__ = [
     "EDMHeun",
     "Euler",
     "EulerAncestral",
+    "EulerMaruyama",
     "Heun",
     "Midpoint",
     "Multistep",
     "NonMarkovian",
     "OnPath",
     "Options",
+    "Overshoot",
     "Parameterization",
     "Preconditioned",
     "Sampler",
