@@ -132,7 +132,7 @@ class Flow:
                 "ab2", two with "midpoint" and "heun", four with "rk4".
             sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler; "dopri5", samplers.Dopri5() with its
                 tolerances, which chooses its steps (steps is None); or with noise, from a Gaussian source, "sde",
-                "flow_grpo" (samplers.EulerMaruyama), "cps", "overshoot" (docs/samplers.md), one call a step.
+                "flow_grpo" (samplers.EulerMaruyama), "cps", "overshoot" (docs/solvers.md), one call a step.
             times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward). Of "dopri5" the
                 times of the trajectory; default the ends.
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).

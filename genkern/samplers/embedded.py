@@ -71,7 +71,7 @@ class Integration:
         """k_1, and the first step: Hairer's, of |x|, |v| and the change of v over an Euler step."""
         m, m_uncond = self._called(velocity, self._entered(self.x), self.s)
         self._kept(0, m, m_uncond)
-        size = self._norm(Out(x=1.0), self.x, x=self.x)
+        size = self._norm(Out(x=1.0), self.x)
         slope = self._norm(Out(m=1.0), self.x, m=self._k[0])
         h = (0.01 * size / slope).masked_fill((size < 1e-5) | (slope < 1e-5), 1e-6)
         h = torch.minimum(h, self.end - self.s)
@@ -110,7 +110,7 @@ class Integration:
         if m_uncond is not None:
             m = self._kept(2, m, m_uncond)
         last_term = Out(m=times(self.tableau.E[6], dt), h=(1.0,))
-        r = self._norm(last_term, self._next, x=self.x, m=m, h=(error,)).nan_to_num(nan=math.inf, posinf=math.inf)
+        r = self._norm(last_term, self._next, m=m, h=(error,)).nan_to_num(nan=math.inf, posinf=math.inf)
 
         torch.logical_and(r <= 1.0, active, out=self.accepted)
         least = torch.full_like(r, SMALLEST).masked_fill(r < 1.0, 1.0)
@@ -159,7 +159,7 @@ class Integration:
         row = Row(tuple(outs), guidance=None if m_uncond is None else self.guidance)
         noise = older[3] if len(older) > 3 else None
         dtypes = [out.dtype for out in into]
-        apply_row(row, x=x, m=m, m_uncond=m_uncond, h=older[:3], noise=noise, out=tuple(into), dtypes=dtypes)
+        apply_row(row, x=x, m=m, m_uncond=m_uncond, h=tuple(older[:3]), noise=noise, out=tuple(into), dtypes=dtypes)
 
     def _entered(self, x: Tensor) -> Tensor:
         """A state as the network's input."""
@@ -173,7 +173,7 @@ class Integration:
     def _called(self, velocity: Velocity, seen: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
         t = (self.sign * s).to(self._time_dtype)
         n = seen.shape[0]
-        return velocity(seen, t.repeat(n // t.shape[0]))
+        return velocity(seen, t.expand(n).contiguous() if t.shape[0] == 1 else torch.cat([t] * (n // t.shape[0])))
 
     def _rounded(self, power: Tensor) -> Tensor:
         """A power as the steps take it. torch's pow has other last bits in another batch (a vector's, or its tail's): a
@@ -182,22 +182,24 @@ class Integration:
 
     def _norm(self, out: Out, x_next: Tensor, **terms: Any) -> Tensor:
         """The root of the mean over a sample, or over all, of (out / (atol + rtol max(|x|, |x_next|)))^2. [columns]."""
-        sums = error_sums(out, self.x, x_next, self.pair.rtol, self.pair.atol, **terms).to(F64)
-        sums = sums if self.pair.control == "sample" else sums.sum(0, keepdim=True)
+        by_sample = self.pair.control == "sample"
+        sums = error_sums(out, self.x, x_next, self.pair.rtol, self.pair.atol, by_sample, **terms)
         return (sums / (self.x.numel() // self._columns)).sqrt()
 
 
 def error_sums(
-    out: Out, before: Tensor, after: Tensor, rtol: float, atol: float, *, x: Tensor | None = None,
-    m: Tensor | None = None, h: Sequence[Tensor] = (),
+    out: Out, x: Tensor, x_next: Tensor, rtol: float, atol: float, by_sample: bool, *, m: Tensor | None = None,
+    h: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
-    """The sum over each sample of (e / (atol + rtol max(|before|, |after|)))^2, e the row `out` of x, m and h.
+    """The sum over each sample, or over all, of (e / (atol + rtol max(|x|, |x_next|)))^2, e the row `out` of x, m, h.
 
-    The order of the sums is that of reduce: a sample's is the same in any batch.  [B], float32 (float64 for float64).
+    A sample's is summed in the order of reduce, the same in any batch.  [B] or [1], float64.
     """
-    (e,) = apply_row(Row((out,)), x=x, m=m, h=h, dtypes=(before.dtype,))
-    e /= torch.maximum(before.abs(), after.abs()).mul_(rtol).add_(atol)
-    return reduce_row(Row((Out(x=1.0),)), x=e, scratch=True)[1][:, 0]
+    (e,) = apply_row(Row((out,)), x=x, m=m, h=tuple(h), dtypes=(x.dtype,))
+    e /= torch.maximum(x.abs(), x_next.abs()).mul_(rtol).add_(atol)
+    if not by_sample:
+        return torch.linalg.vector_norm(e).to(F64).square().reshape(1)
+    return reduce_row(Row((Out(x=1.0),)), x=e, scratch=True)[1][:, 0].to(F64)
 
 
 def _terms(weights: Sequence[Any]) -> dict[str, Any]:
