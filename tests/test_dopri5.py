@@ -313,6 +313,38 @@ def test_solve_that_does_not_end_is_an_error(control):
         Dopri5(control=control).solve(lambda x, t: x * math.nan, x, [0.0, 1.0])
 
 
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_log_density_is_that_of_the_gaussian(control):
+    mean, std = 1.5, 0.4
+    pair, x = Dopri5(1e-8, 1e-8, control), mean + std * torch.randn(6, 2, dtype=F64)
+
+    def affine(x, t):
+        t = column(t, x)
+        return mean + (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2) * (x - t * mean)
+
+    wanted = torch.distributions.Normal(mean, std)
+    got = FLOW.log_prob(affine, x, sampler=pair, dtype=F64)
+    torch.testing.assert_close(got, wanted.log_prob(x).sum(1), rtol=0, atol=1e-6)
+    drawn, found = FLOW.sample_with_log_prob(affine, (6, 2), sampler=pair, dtype=F64, seed=1)
+    assert torch.equal(drawn, FLOW.sample(affine, (6, 2), sampler=pair, dtype=F64, seed=1))
+    torch.testing.assert_close(found, wanted.log_prob(drawn).sum(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_guided_log_density_is_the_one_of_rk4(control):
+    x, y = torch.randn(5, 3, dtype=F64), torch.rand(5, dtype=F64)
+
+    def network(x, t, y):
+        return torch.sin(x + column(t, x)) * y.reshape(-1, 1)
+
+    options = {"cond": {"y": y}, "uncond": {"y": 0 * y + 0.5}, "guidance_scale": 1.5, "dtype": F64}
+    for divergence in ({}, {"divergence": "hutchinson", "probes": 2, "seed": 3}):
+        wanted = FLOW.log_prob(network, x, steps=100, **options, **divergence)
+        for more in ({}, {"batch_size": 2}, {"times": [1.0, 0.4, 0.0]}):
+            got = FLOW.log_prob(network, x, sampler=Dopri5(1e-9, 1e-9, control), **options, **divergence, **more)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7)
+
+
 def network(x, t):
     return x
 
@@ -335,8 +367,9 @@ def network(x, t):
         (lambda: FLOW.sample(network, (2, 2), sampler="dopri5", callback=print), ValueError, "callback: expected none"),
         (lambda: FLOW.sample(network, (2, 2), sampler="dopri5", mask=torch.zeros(2, 2)), ValueError, "mask: expected"),
         (lambda: FLOW.sample(network, (2, 2), sampler="dopri5", cond=[{}]), ValueError, "cond: expected one"),
-        (lambda: FLOW.log_prob(network, torch.zeros(2, 2), sampler="dopri5"), ValueError, "sampler: expected one of"),
-        (lambda: FLOW.log_prob(network, torch.zeros(2, 2), sampler=Dopri5()), TypeError, "sampler: expected a name"),
+        (lambda: FLOW.log_prob(network, torch.zeros(2, 2), sampler="dopri5", steps=3), ValueError, "steps: expected"),
+        (lambda: FLOW.log_prob(network, torch.zeros(2, 2), sampler=Dopri5(), differentiable=True), ValueError,
+         "differentiable: expected False"),
     ],
 )  # fmt: skip
 def test_bad_argument_is_named(call, error, words):

@@ -2,71 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, grids, ops, paths
+from .. import check, ops, paths
 from .. import steps as stochastic
 from ..noise import Purpose
-from ..samplers import (
-    AB2,
-    CPS,
-    RK4,
-    Along,
-    Dopri5,
-    Euler,
-    EulerMaruyama,
-    Heun,
-    Midpoint,
-    OnPath,
-    Overshoot,
-    editing,
-    loop,
-    network,
-)
+from ..samplers import Along, Dopri5, OnPath, editing, loop, network
+from ..samplers.density import Chosen
 from ..samplers.flow_sde import Stochastic
-from ..samplers.table import Sampler, stages_of
+from ..samplers.table import Sampler, Stage, stages_of
 from . import _adaptive
 from ._density import DensityRun
+from ._flow_samplers import NAMED, STOCHASTIC, ends_of, grid_of, sampler_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
     from ._density import DensityOptions
 
-SAMPLERS: dict[str, Any] = {"euler": Euler, "ab2": AB2, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
-STOCHASTIC: dict[str, Any] = {
-    "sde": EulerMaruyama, "flow_grpo": lambda: EulerMaruyama(0.7, "flow_grpo"), "cps": CPS, "overshoot": Overshoot,
-}  # fmt: skip
-NAMED = SAMPLERS | {"dopri5": Dopri5} | STOCHASTIC
 DIRECTIONS = ("forward", "backward")
-
-
-@functools.lru_cache(maxsize=64)
-def _even(steps: int, forward: bool) -> np.ndarray:
-    """Even times, kept, and so not to be written."""
-    grid = grids.uniform(steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
-    grid.flags.writeable = False
-    return grid
-
-
-def _grid(steps: int | None, times: Any, forward: bool) -> np.ndarray:
-    """Even times, by default of 50 steps, or the given ones, in the direction."""
-    if times is None:
-        return _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
-    if steps is not None:
-        raise ValueError(f"steps: expected None beside times, got {steps}")
-    grid = grids.given(times, low=0.0, high=1.0)
-    if bool(grid[0] < grid[-1]) != forward:
-        order, direction = ("increasing", "forward") if forward else ("decreasing", "backward")
-        raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-    return grid
 
 
 def flow_path(name: str, path: Any) -> paths.Path:
@@ -78,21 +37,6 @@ def flow_path(name: str, path: Any) -> paths.Path:
     if not path.alpha(0.0) * path.sigma(1.0) < path.alpha(1.0) * path.sigma(0.0):
         raise ValueError(f"{name}: expected noise at t = 0 and data at t = 1, got the other way round: paths.Reversed")
     return path
-
-
-def sampler_named(sampler: str | Sampler, named: Mapping[str, Any] = SAMPLERS) -> Sampler:
-    """A sampler by its name, an ODE's unless others are given, or as given."""
-    if isinstance(sampler, str):
-        found: Sampler = named[check.choice("sampler", sampler, tuple(named))]()
-        return found
-    return given_sampler(sampler)
-
-
-def given_sampler(sampler: Any) -> Sampler:
-    """A Sampler. TypeError: anything else."""
-    if not callable(getattr(sampler, "stages", None)) or isinstance(sampler, type):
-        raise TypeError(f"sampler: expected a name or a Sampler, got {sampler!r}")
-    return sampler
 
 
 class Flow:
@@ -165,7 +109,7 @@ class Flow:
             )
         if return_stats:
             raise ValueError("return_stats: expected False with a sampler whose steps are given, got True")
-        grid = _grid(steps, times, forward)
+        grid = grid_of(steps, times, forward)
         if not forward:
             editing.refuse(options, "with direction='backward', which leads away from the data")
         trained = OnPath(self.path, "velocity")
@@ -175,15 +119,20 @@ class Flow:
         stages = stages_of(chosen, asked, grid)
         return loop.run(model, stages, shape, start=start, along=asked, **{"scale": path.sigma(0.0), **more})
 
+    def _solver(self, sampler: Any, steps: Any, times: Any, forward: bool) -> Sequence[Stage] | Chosen:
+        """What the log-density is solved along."""
+        chosen = Dopri5() if isinstance(sampler, str) and sampler == "dopri5" else sampler
+        if isinstance(chosen, Dopri5):
+            return Chosen(chosen, ends_of(steps, times, forward))
+        return stages_of(sampler_named(chosen), OnPath(self.path, "velocity"), grid_of(steps, times, forward))
+
     def _adaptive(
         self, model: Any, pair: Dopri5, shape: Any, steps: Any, times: Any, forward: bool, start: Any, along: Any,
         options: Any, return_stats: bool,
     ) -> Any:  # fmt: skip
-        if steps is not None:
-            raise ValueError(f"steps: expected None with a sampler that chooses its steps, got {steps}")
         if along is not None:
             raise ValueError("along: expected None with a sampler that chooses its steps, got a path")
-        grid = _even(1, forward) if times is None else _grid(None, times, forward)
+        grid = ends_of(steps, times, forward)
         return _adaptive.sample(model, pair, grid, shape, start, self.path.sigma(0.0), options, return_stats)
 
     def step(
@@ -228,7 +177,7 @@ class Flow:
         x: Tensor,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "rk4",
+        sampler: str | Sampler | Dopri5 = "rk4",
         times: Any = None,
         **options: Unpack[DensityOptions],
     ) -> Tensor:
@@ -243,7 +192,8 @@ class Flow:
                 gradient by x.
             x: data.  [B, ...], floating.
             steps: of the solver, on an even grid; default 50.
-            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t); or "dopri5",
+                samplers.Dopri5(), which chooses its steps by the error of x (steps is None).
             times: instead of steps: strictly decreasing times in [0, 1]; p_0 is at the last, x at the first.
             options: DensityOptions.
 
@@ -256,7 +206,7 @@ class Flow:
         Source: (13.14)-(13.16); Chen et al., arXiv:1806.07366; Grathwohl et al., arXiv:1810.01367.
         """
         check.terms([("x", x)])
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, False))
+        stages = self._solver(sampler, steps, times, False)
         run = DensityRun("log_prob", model, x.shape, x.device, options)
         x0, integral = run.solve(stages, x.to(run.dtype))  # from t = 1 to 0: minus the integral from 0 to 1
         return run.source(x0, self.path.sigma(0.0)) + integral
@@ -267,7 +217,7 @@ class Flow:
         shape: Sequence[int] | None = None,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "rk4",
+        sampler: str | Sampler | Dopri5 = "rk4",
         times: Any = None,
         x0: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -288,7 +238,7 @@ class Flow:
         Raises:
             ValueError, TypeError: as log_prob().
         """
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, True))
+        stages = self._solver(sampler, steps, times, True)
         if x0 is not None:
             check.terms([("x0", x0)])
             if shape is not None and tuple(x0.shape) != check.shape(shape):
