@@ -150,7 +150,14 @@ def contenders(field: Field, solver: str, setting: float, graphs: bool) -> dict[
         found[THEIRS] = lambda velocity: solved_by_them(velocity, x0, other, steps, tolerance)
     if graphs:
         loop = gk.Loop(flow, field.velocity)
-        found[GRAPHED] = lambda velocity: loop.sample(**options)
+
+        def captured(velocity: Any) -> Tensor:
+            x: Tensor = loop.sample(**options)
+            if loop.refusal is not None:
+                raise RuntimeError(loop.refusal)
+            return x
+
+        found[GRAPHED] = captured
     return found
 
 
