@@ -17,6 +17,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "reference": ("reference", None),
     "rows": ("rows", None),
     "fused": ("fused", None),
+    "stat": ("stat", None),
     "noise": ("noise", None),
     "paths": ("paths", None),
     "grids": ("grids", None),
@@ -33,6 +34,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "TrigFlow": ("methods", "TrigFlow"),
     "Loop": ("graphs", "Loop"),
     "APG": ("samplers", "APG"),
+    "DynamicThreshold": ("samplers", "DynamicThreshold"),
     "STOP": ("samplers", "STOP"),
 }
 

@@ -64,6 +64,34 @@ def run_reduce(spec: Spec, mask: Any, *arrays: Any) -> tuple[numpy.ndarray, nump
     return residual, sums
 
 
+def run_stat(spec: Spec, outs: int, atol: float, rtol: float, *arrays: Any) -> numpy.ndarray:
+    """stat: float64 [B, sums]. spec.kind: 0 moments, 1 error."""
+    width = 1 if spec.kind else outs + outs * (outs + 1) // 2
+    sums = numpy.empty((_like(arrays).shape[0], width), dtype=numpy.float64)
+    compiled = _library.arrays()
+    if compiled is not None:
+        invoke(compiled.stat, spec, arrays, outs, spec.kind, atol, rtol, sums)
+        return sums
+    from .reference import stat
+
+    _copy(sums, invoke(stat.stat, spec, [_to_torch(a) for a in arrays], outs, spec.kind, atol, rtol))
+    return sums
+
+
+def run_quantile(spec: Spec, q: float, *arrays: Any) -> numpy.ndarray:
+    """stat_quantile: [B]."""
+    like = _like(arrays)
+    out = numpy.empty(like.shape[0], dtype=numpy.float64 if like.dtype.name == "float64" else numpy.float32)
+    compiled = _library.arrays()
+    if compiled is not None:
+        invoke(compiled.stat_quantile, spec, arrays, q, out)
+        return out
+    from .reference import stat
+
+    _copy(out, invoke(stat.stat_quantile, spec, [_to_torch(a) for a in arrays], q))
+    return out
+
+
 def _like(arrays: Sequence[Any]) -> Any:
     return next((arrays[slot] for slot in (X, M, Z) if arrays[slot] is not None), None)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _library, eager, rows
 from .reference import formula as reference
+from .reference import stat as reference_stat
 from .spec import DEVICE_KEY, FIRST_VALUE, SAMPLE_IDS, M, Spec, X, Z, invoke, numbers
 
 CODES = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
@@ -21,6 +22,8 @@ _OPS = _library.torch_ops()
 _MAP: Any = None if _OPS is None else _OPS.map.default
 _MAP_OUT: Any = None if _OPS is None else _OPS.map_out.default
 _REDUCE: Any = None if _OPS is None else _OPS.reduce.default
+_STAT: Any = None if _OPS is None else _OPS.stat.default
+_QUANTILE: Any = None if _OPS is None else _OPS.stat_quantile.default
 # The same with their numbers as text, which is quicker to call, and dark to torch.compile.
 _MAP_NUMBERS: Any = None if _OPS is None else _OPS.map_numbers.default
 _REDUCE_NUMBERS: Any = None if _OPS is None else _OPS.reduce_numbers.default
@@ -97,6 +100,23 @@ def run_reduce(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tupl
     return residual, sums
 
 
+def run_stat(spec: Spec, outs: int, atol: float, rtol: float, *tensors: Tensor | None) -> Tensor:
+    """stat: float64 [B, sums]. spec.kind: 0 moments, 1 error."""
+    like = _like(tensors)
+    assert like is not None
+    op = _STAT if has_kernel(like.device) else reference_stat.stat
+    found: Tensor = invoke(op, spec, tensors, outs, spec.kind, atol, rtol)
+    return found
+
+
+def run_quantile(spec: Spec, q: float, *tensors: Tensor | None) -> Tensor:
+    """stat_quantile: [B]."""
+    like = _like(tensors)
+    assert like is not None
+    found: Tensor = invoke(_QUANTILE if has_kernel(like.device) else reference_stat.stat_quantile, spec, tensors, q)
+    return found
+
+
 def draw(
     spec: Spec, device_key: Tensor | None, sample_ids: Tensor | None, shape: Sequence[int], device: torch.device,
     accumulator: torch.dtype,
@@ -160,6 +180,19 @@ def _fake_reduce(
     return residual, torch.empty((like.shape[0], 2), dtype=wide, device=like.device)
 
 
+def _fake_stat(x: Any, m: Any, m_uncond: Any, h: Any, z: Any, *others: Any) -> Tensor:
+    like = x if x is not None else m if m is not None else z
+    outs, kind = others[-4:-2]
+    width = 1 if kind else outs + outs * (outs + 1) // 2
+    return torch.empty((like.shape[0], width), dtype=torch.float64, device=like.device)
+
+
+def _fake_quantile(x: Any, m: Any, m_uncond: Any, h: Any, z: Any, *others: Any) -> Tensor:
+    like = x if x is not None else m if m is not None else z
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(like.shape[0], dtype=wide, device=like.device)
+
+
 def _fake_map_numbers(*arguments: Any, **named: Any) -> None:
     return None
 
@@ -173,6 +206,8 @@ if _OPS is not None:
         ("map", _fake_map),
         ("map_out", _fake_map_out),
         ("reduce", _fake_reduce),
+        ("stat", _fake_stat),
+        ("stat_quantile", _fake_quantile),
         ("map_numbers", _fake_map_numbers),
         ("reduce_numbers", _fake_reduce_numbers),
     ):

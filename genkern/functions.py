@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager, rows
-from .calls import CODES, direct, run_map, run_map_out, run_numbers, run_reduce, transformed
+from .calls import (
+    CODES,
+    direct,
+    run_map,
+    run_map_out,
+    run_numbers,
+    run_quantile,
+    run_reduce,
+    run_stat,
+    transformed,
+)
 from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
 from .lanes import drawn_once, over_lanes
@@ -23,8 +33,8 @@ from .reference import formula as reference
 from .spec import FIRST_VALUE, M_UNCOND, TABLE, Spec, invoke, unpacked
 
 __all__ = [
-    "CODES", "differentiable_formula", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
-    "refuse_derivatives", "run_numbers",
+    "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
+    "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_stat",
 ]  # fmt: skip
 
 
@@ -60,11 +70,25 @@ def refuse_derivatives(out: Sequence[Tensor], tensors: Sequence[Tensor | None]) 
         raise RuntimeError("out: expected a tensor that requires no gradient, got one that does, under grad mode")
 
 
+def refuse_gradient(tensors: Sequence[Tensor | None]) -> None:
+    """RuntimeError where a call that has no derivatives would have to be differentiated or transformed."""
+    if differentiated(tensors):
+        raise RuntimeError(
+            "row: expected arguments that require no gradient, outside torch.func transforms, as a statistic has no "
+            "derivatives; genkern.reference.stat has them"
+        )
+
+
 def needs_function(tensors: Sequence[Tensor | None]) -> bool:
     """Whether derivatives may be asked of a call. To look at one argument alone would lose the others' gradients."""
     if _requires_grad(tensors):
         return True
     return transformed() and any(t is not None for t in tensors)
+
+
+def differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """The same under torch.compile too, which sees no transforms."""
+    return _requires_grad(tensors) if torch.compiler.is_compiling() else needs_function(tensors)
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:

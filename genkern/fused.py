@@ -144,18 +144,24 @@ def reduce_row(
 
 
 def reduce_batch(
-    row: AnyRow, scale: float, *, x: Any = None, m: Any = None, h: Sequence[Any] = (), noise: Any = None,
-    kind: str = "l2", names: Sequence[str] = NAMES,
+    row: AnyRow, scale: float, *, weight: Any = None, x: Any = None, m: Any = None, h: Sequence[Any] = (),
+    noise: Any = None, kind: str = "l2", names: Sequence[str] = NAMES,
 ) -> Any:  # fmt: skip
-    """scale times the sum over all samples of reduce_row's sums: a number (0-d), summed in an order that depends on
-    the batch alone, by a reduction of the sums."""
+    """scale times the sum over all samples of weight[b] times reduce_row's sums: a number (0-d).
+
+    weight: an array of shape [B] or [1], or None. An eager call on torch tensors adds the samples up in float64, in an
+    order that depends on the shape alone; elsewhere the array library adds them.
+    """
     if not check.compiling() and eager.face is not None:
-        quick = eager.face.loss_row(row, x, m, None, h, noise, None, KINDS.index(kind), scale)
+        quick = eager.face.loss_row(row, x, m, None, h, noise, None, KINDS.index(kind), scale, weight)
         if quick is not None:
             return quick
     _, sums = reduce_row(row, x=x, m=m, h=h, noise=noise, kind=kind, scratch=True, names=names)
-    _, total = reduce_row(rows.Row((rows.Out(x=scale),)), x=sums[:, 0][None], kind="l1")
-    return total[0, 0]
+    by_sample = sums[:, 0]
+    if check.is_tensor(sums):
+        return (by_sample if weight is None else by_sample * weight.to(sums.dtype)).sum() * scale
+    total = (by_sample if weight is None else by_sample * weight.astype(sums.dtype)).sum()
+    return sums.dtype.type(total * scale)
 
 
 _functions: Any = None

@@ -16,9 +16,12 @@ from typing import Any
 
 from . import check, eager, rows
 from .check import coefficient as _coef
-from .fused import NAMES, apply_row, reduce_batch, reduce_row
+from .ddim import coefficients
+from .fused import NAMES, _torch_side, apply_row, reduce_batch, reduce_row
 from .noise import Noise
 from .rows import DDIMRow, Out, Row, times
+from .stat import quantile_row
+from .threshold import DynamicThreshold
 
 Array = Any  # a torch tensor or a NumPy array
 Coef = Any  # a number, or an array of shape [B] or of one element
@@ -125,7 +128,7 @@ def ddim_step(
         eta: 0 is DDIM and draws nothing; 1 has the DDPM's posterior variance.  float >= 0, or [B].
         noise: a Noise, a tensor [B, ...], or None: a fresh Noise where eta needs one.
         prediction: "epsilon", "v" or "sample".
-        clip: None, (lo, hi), or c for (-c, c): clamps y.
+        clip: None, (lo, hi), or c for (-c, c): clamps y; or, of torch tensors, a DynamicThreshold.
         uncond: the network's unconditional output; model_output is then the conditional one, and
             uncond + guidance_scale (model_output - uncond) takes its place.
         guidance_scale: with uncond.  float, or [B].
@@ -146,13 +149,42 @@ def ddim_step(
     alpha_s, sigma_s = _coef("alpha_s", alpha_s, x_t, 0.0), _coef("sigma_s", sigma_s, x_t, 0.0)
     eta = _coef("eta", eta, x_t, 0.0)
     check.ddim_path(prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, rows.ROUNDING)
-    row = DDIMRow(
-        prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, check.clip_range(clip),
-        _guidance(uncond, guidance_scale, x_t), return_pred,
-    )  # fmt: skip
+    guidance = _guidance(uncond, guidance_scale, x_t)
     model_output = _needed("model_output", model_output)
+    if isinstance(clip, DynamicThreshold):
+        path = (alpha_t, sigma_t, alpha_s, sigma_s, eta)
+        thresholded, h = _thresholded(clip, prediction, path, guidance, x_t, model_output, uncond, return_pred)
+        found = apply_row(thresholded, x=x_t, m=model_output, m_uncond=uncond, h=h, noise=noise, out=out, names=_DDIM)
+        return found if return_pred else found[0]
+    row = DDIMRow(
+        prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, check.clip_range(clip), guidance, return_pred,
+    )  # fmt: skip
     found = apply_row(row, x=x_t, m=model_output, m_uncond=uncond, noise=noise, out=out, names=_DDIM)
     return found if return_pred else found[0]
+
+
+def _thresholded(
+    threshold: DynamicThreshold, prediction: str, path: tuple[Coef, ...], guidance: Coef | None, x: Any, m: Any,
+    uncond: Any, return_pred: bool,
+) -> tuple[Row, tuple[Any, ...]]:  # fmt: skip
+    """The row of ddim_step whose data are thresholded, and its h: where a gradient is kept, the data themselves."""
+    if not check.is_tensor(x):
+        raise TypeError(
+            f"clip: expected None, (lo, hi) or a number beside NumPy arrays, got {type(threshold).__name__}"
+        )
+    a, b, *others = coefficients(prediction, path, use_pred=True)
+    y, c_x, c_m, d = others
+    terms = {"x": x, "m": m, "m_uncond": uncond, "names": _DDIM}
+    if _torch_side().differentiated([t for t in (x, m, uncond, a, b, guidance) if check.is_tensor(t)]):
+        data = threshold.applied(apply_row(Row((Out(x=a, m=b),), guidance=guidance), **terms)[0])
+        of_data = (Out(h=(1.0,)),) if return_pred else ()
+        return Row((Out(x=c_x, m=c_m, h=(y,), z=d), *of_data), guidance=guidance), (data,)
+    s = threshold.bound(quantile_row(Row((Out(y=1.0),), (a, b), guidance=guidance), threshold.ratio, **terms)).double()
+    inverse = s.reciprocal()
+    of_data = (Out(y=inverse),) if return_pred else ()
+    c_y = times(y, inverse) if isinstance(y, float) else y * inverse
+    bounds = (times(-1.0, s), s)
+    return Row((Out(y=c_y, x=c_x, m=c_m, z=d), *of_data), (a, b), bounds, guidance), ()
 
 
 def euler_step(
@@ -311,9 +343,15 @@ def path_loss(
     row = Row((Out(0.0, times(-1.0, x_coef), m_coef, target, times(-1.0, noise_coef)),))
     names = _LOSS if names is _TARGETS and x_name == "x" else (x_name, *_LOSS[1:4], *names)
     shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
-    if weight is None and mask is None and kind != "pseudo_huber" and reduction != "none":
+    if weight is not None:
+        weight = _coef("weight", weight, model_output)
+    if mask is None and kind != "pseudo_huber" and reduction != "none":
         scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)
-        return reduce_batch(row, scale, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names)
+        if isinstance(weight, float):
+            scale, weight = scale * weight, None
+        return reduce_batch(
+            row, scale, weight=weight, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names
+        )  # fmt: skip
     _, sums = reduce_row(
         row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
     )  # fmt: skip
@@ -326,7 +364,6 @@ def path_loss(
     else:
         loss = total / (count + (count == 0))
     if weight is not None:
-        weight = _coef("weight", weight, model_output)
         loss = loss * (weight if isinstance(weight, float) else _as(weight, loss))
     if reduction == "none":
         return loss

@@ -54,12 +54,12 @@ class Out:
 class Row:
     """One row: the prediction (a, b), its clamp, the guidance scale w, and one to three outputs.
 
-    `pred` is None where no output uses y; a row that clamps has to have it.
+    `pred` is None where no output uses y; a row that clamps has to have it. Bounds that are tensors have no gradient.
     """
 
     outs: tuple[Out, ...]
     pred: tuple[Coef, Coef] | None = None
-    clip: tuple[float, float] | None = None
+    clip: tuple[Coef, Coef] | None = None
     guidance: Coef | None = None
 
 

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import check, ops, rows
+from . import check, ops
+from .ddim import PREDICTIONS, coefficients
 from .fused import apply_row, reduce_row
 from .noise import Noise
-from .reference.formula import ddim_cells
 from .rows import Out, Row
+from .threshold import DynamicThreshold
 
 Coef = Any  # a number, or a tensor of shape [B] or of one element
 
 REDUCTIONS = ("sum", "mean")
 _PATH = ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "eta")
+_NAMES = ("x_t", "model_output", "uncond", "noise")
 
 
 def ddim(
@@ -47,7 +49,7 @@ def ddim(
         eta: > 0; 1 has the DDPM's posterior variance.  float, or [B].
         x_s: the state at s to score.  [B, ...], x_t's dtype; None: sample it.
         noise: of the sampling mode: a Noise, a tensor, or None: a fresh Noise.
-        prediction, clip, uncond, guidance_scale: as of ops.ddim_step.
+        prediction, clip, uncond, guidance_scale: as of ops.ddim_step; the prediction also "score".
         reduction: "sum", or "mean": log p / n.
 
     Returns:
@@ -61,30 +63,36 @@ def ddim(
     Source: (13.13); arXiv:2305.13301.
     """
     _check(x_t, model_output, x_s, noise, reduction)
-    check.choice("prediction", prediction, ops.PREDICTIONS)
+    check.choice("prediction", prediction, PREDICTIONS)
     values = (alpha_t, sigma_t, alpha_s, sigma_s, eta)
     path = [check.coefficient(name, value, x_t, 0.0) for name, value in zip(_PATH, values, strict=True)]
-    limits = check.clip_range(clip)
+    threshold = clip if isinstance(clip, DynamicThreshold) else None
+    limits = None if threshold is not None else check.clip_range(clip)
     guidance = ops._guidance(uncond, guidance_scale, x_t)
-    formula, use_pred = rows.FORMULA_DDIM[prediction], limits is not None
-    if any(isinstance(value, Tensor) for value in path):
-        check.ddim_path(prediction, path[0], path[1], path[2], path[3], path[4], rows.ROUNDING)
-        cells: dict[int, Any] = dict(ddim_cells(formula, path, use_pred))
-        first = rows.FIRST_OUT
-        terms = [first + term for term in (rows.Y, rows.X, rows.M, rows.Z)]
-        a, b, y, x, m, d = (cells[cell] for cell in (rows.A, rows.B, *terms))
-    else:
-        a, b, y, x, m, d = rows.ddim_numbers(formula, *path, use_pred=use_pred)
+    use_pred = limits is not None or threshold is not None
+    a, b, y, x, m, d = coefficients(prediction, path, use_pred)
     _check_std("eta", "expected > 0 on a step toward the data that leaves noise", d)
-    if x_s is None:
+    pred = (a, b) if limits is not None else None
+    h: tuple[Any, ...] = ()
+    c_h: tuple[Any, ...] = ()
+    if threshold is not None:  # the thresholded data are a term of their own
+        of_data = Row((Out(x=a, m=b),), guidance=guidance)
+        h = (threshold.applied(apply_row(of_data, x=x_t, m=model_output, m_uncond=uncond, names=_NAMES)[0]),)
+        c_h, y = (y,), 0.0
+    c_y = y if pred is not None else 0.0
+    if x_s is None and (prediction == "score" or threshold is not None):
+        row = Row((Out(y=c_y, x=x, m=m, h=c_h, z=d),), pred, limits, guidance)
+        with torch.no_grad():
+            x_s = apply_row(row, x=x_t, m=model_output, m_uncond=uncond, h=h, noise=noise, names=_NAMES)[0]
+    elif x_s is None:
         with torch.no_grad():
             x_s = ops.ddim_step(
                 x_t, model_output, *path[:4], eta=path[4], noise=noise, prediction=prediction, clip=clip, uncond=uncond,
                 guidance_scale=guidance,
             )  # fmt: skip
-    out = Out(y=-y / d if use_pred else 0.0, x=-x / d, m=-m / d, h=(1.0 / d,))
-    row = Row((out,), (a, b) if use_pred else None, limits, guidance)
-    return x_s, _log_prob(row, x_t, model_output, uncond, x_s, d, reduction)
+    out = Out(y=-c_y / d if pred is not None else 0.0, x=-x / d, m=-m / d, h=(1.0 / d, *[-c / d for c in c_h]))
+    row = Row((out,), pred, limits, guidance)
+    return x_s, _log_prob(row, x_t, model_output, uncond, x_s, d, reduction, h)
 
 
 def flow(
@@ -172,9 +180,12 @@ def _linear(
     return x_s, _log_prob(row, x, m, uncond, x_s, std, reduction)
 
 
-def _log_prob(row: Row, x: Tensor, m: Tensor, uncond: Tensor | None, x_s: Tensor, std: Coef, reduction: str) -> Tensor:
-    names = ("x_t", "model_output", "uncond", "noise", "x_s")
-    _, sums = reduce_row(row, x=x, m=m, m_uncond=uncond, h=(x_s.detach(),), scratch=True, names=names)
+def _log_prob(
+    row: Row, x: Tensor, m: Tensor, uncond: Tensor | None, x_s: Tensor, std: Coef, reduction: str,
+    h: tuple[Tensor, ...] = (),
+) -> Tensor:  # fmt: skip
+    names = (*_NAMES, "x_s")
+    _, sums = reduce_row(row, x=x, m=m, m_uncond=uncond, h=(x_s.detach(), *h), scratch=True, names=names)
     n = math.prod(x.shape[1:])
     log = std.log().to(sums.dtype) if isinstance(std, Tensor) else math.log(std)
     found = -0.5 * sums[:, 0] - n * (log + 0.5 * math.log(2.0 * math.pi))

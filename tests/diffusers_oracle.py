@@ -45,6 +45,8 @@ class Case:
 
 DPM = {"final_sigmas_type": "zero", "timestep_spacing": "trailing"}
 SDE = {**DPM, "algorithm_type": "sde-dpmsolver++"}
+THRESHOLD = gk.DynamicThreshold(0.8, 1.5)
+THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
 CASES = {
     "ddim": Case("ddim", "DDIMScheduler", {"spacing": "leading"}, {"clip_sample": False}),
     "ddim, eta = 0.7": Case(
@@ -53,6 +55,23 @@ CASES = {
     "ddim, clipped": Case(
         "ddim", "DDIMScheduler", {"spacing": "leading", "clip": 0.8},
         {"clip_sample": True, "clip_sample_range": 0.8}, {"use_clipped_model_output": True},
+    ),
+    "ddim, thresholded": Case(
+        "ddim", "DDIMScheduler", {"spacing": "leading", "clip": THRESHOLD},
+        {"clip_sample": False, **THRESHOLDING}, {"use_clipped_model_output": True},
+    ),
+    "ddpm, thresholded": Case(
+        "ddpm", "DDPMScheduler", {"spacing": "leading", "clip": THRESHOLD}, {"clip_sample": False, **THRESHOLDING}
+    ),
+    "dpmpp_2m, thresholded": Case(
+        "dpmpp_2m", "DPMSolverMultistepScheduler", {"clip": THRESHOLD}, {**DPM, "solver_order": 2, **THRESHOLDING}
+    ),
+    "dpmpp_2m_sde, thresholded": Case(
+        "dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"clip": THRESHOLD}, {**SDE, "solver_order": 2, **THRESHOLDING}
+    ),
+    "unipc, thresholded": Case(
+        "unipc", "UniPCMultistepScheduler", {"clip": THRESHOLD},
+        {**DPM, "solver_order": 2, "solver_type": "bh2", **THRESHOLDING},
     ),
     "ddpm": Case("ddpm", "DDPMScheduler", {"spacing": "leading"}, {"clip_sample": False}),
     "ddpm, fixed large": Case(

@@ -52,6 +52,7 @@ OPTIONS = {
 SAMPLERS = {
     "ddim": {"clip": 1.0}, "ddpm": {"clip": (-0.5, 2.0), "final_sigma": 0.1}, "euler": {}, "euler_ancestral": {},
     "dpmpp_1": {}, "dpmpp_2m": {"clip": 1.0}, "dpmpp_3m": {}, "dpmpp_1_sde": {}, "dpmpp_2m_sde": {}, "unipc": {},
+    "thresholded": {"sampler": "dpmpp_2m", "clip": gk.DynamicThreshold(0.9)},
     # From a start below the path's highest noise level, which is churned too.
     "churn": {"sampler": EDMHeun(s_churn=2.0), "steps": None, "timesteps": [800, 500, 200, 0]},
 }  # fmt: skip

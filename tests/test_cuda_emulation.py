@@ -1,7 +1,8 @@
 """The CUDA kernels' sources, run on a CPU: their indexing, rows and reductions are tested where there is no GPU.
 
-tests/native/emulation/check.cpp sends random passes (shapes, strides, types, terms, the ways a row arrives) through the
-CPU kernels of every instruction set and through the emulated CUDA kernels, and compares every byte that they wrote.
+tests/native/emulation/check.cpp and check_stat.cpp send random passes (shapes, strides, types, terms, the ways a row
+arrives) through the CPU kernels of every instruction set and through the emulated CUDA kernels, and compare what they
+wrote.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+PROGRAMS = {"check": 300, "check_stat": 120}  # passes
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine"),
@@ -42,27 +44,31 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled comparison."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the compiled comparisons."""
     build = tmp_path_factory.mktemp("emulation")
     jobs: list[list[str]] = []
-    for kernel in ("map", "reduce"):
+    for kernel in ("map", "reduce", "stat", "quantile"):
         emulated = build / f"{kernel}_cuda.cpp"
         subprocess.run([sys.executable, EMULATION / "prepare.py", KERNELS / f"{kernel}_cuda.cu", emulated], check=True)
         jobs.append([*FLAGS, "-mfma", "-c", str(emulated), "-o", str(build / f"{kernel}_cuda.o")])
-        for isa, flags in ISA_FLAGS.items():
-            source, target = KERNELS / f"{kernel}_cpu.cpp", build / f"{kernel}_{isa}.o"
+        source = KERNELS / f"{kernel}_cpu.cpp"
+        for isa, flags in ISA_FLAGS.items() if source.exists() else ():
+            target = build / f"{kernel}_{isa}.o"
             jobs.append([*FLAGS, *flags, f"-DGENKERN_ISA={isa}", "-c", str(source), "-o", str(target)])
-    jobs.append([*FLAGS, "-c", str(KERNELS / "dispatch.cpp"), "-o", str(build / "dispatch.o")])
-    jobs.append([*FLAGS, "-c", str(EMULATION / "check.cpp"), "-o", str(build / "check.o")])
+    jobs += [
+        [*FLAGS, "-c", str(source), "-o", str(build / f"{source.stem}.o")] for source in KERNELS.glob("*dispatch.cpp")
+    ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: subprocess.run(["g++", *job], check=True), jobs))
-    program = build / "check"
-    subprocess.run(["g++", *map(str, build.glob("*.o")), "-o", str(program)], check=True)
-    return program
+        links = [[*FLAGS, str(EMULATION / f"{name}.cpp"), *map(str, build.glob("*.o"))] for name in PROGRAMS]
+        names = [["-o", str(build / name)] for name in PROGRAMS]
+        list(pool.map(lambda link, name: subprocess.run(["g++", *link, *name], check=True), links, names))
+    return build
 
 
-def test_emulated_cuda_kernels_write_the_bits_of_the_cpu_kernels(check: Path) -> None:
-    done = subprocess.run([check, "300"], capture_output=True, text=True, timeout=200)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_emulated_cuda_kernels_write_the_bits_of_the_cpu_kernels(name: str, programs: Path) -> None:
+    done = subprocess.run([programs / name, str(PROGRAMS[name])], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "passes 300"
+    assert done.stdout.strip() == f"passes {PROGRAMS[name]}"

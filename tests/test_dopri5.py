@@ -186,7 +186,7 @@ class Passes(TorchDispatchMode):
 
 
 def test_passes_of_an_accepted_step():
-    """Six rows, the error and its norm, and the choice of the state and the slope."""
+    """Six rows, the norm of the error, and the choice of the state and the slope."""
     odeint = pytest.importorskip("torchdiffeq").odeint
     x = torch.randn(16, 64)
 
@@ -200,12 +200,12 @@ def test_passes_of_an_accepted_step():
         assert stats.accepted.all()
         counts.append((len(ours.names), len(stats.t)))
     assert counts[0][1] == 1 and counts[1][1] > 3
-    assert (counts[1][0] - counts[0][0]) / (counts[1][1] - 1) <= 16
+    assert (counts[1][0] - counts[0][0]) / (counts[1][1] - 1) <= 9
     logged = Logged()
     logged.forward = lambda t, x: x
     with Passes(x.numel()) as theirs:
         odeint(logged, x, torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-5, method="dopri5")
-    assert len(theirs.names) > 3 * counts[1][0]
+    assert len(theirs.names) > 5 * counts[1][0]
 
 
 @pytest.mark.parametrize("control", ["batch", "sample"])

@@ -177,6 +177,7 @@ ONE, ZERO = {"y": torch.ones(32)}, {"y": torch.zeros(32)}
     {}, {"seed": 3}, {"ids": torch.arange(32)}, {"return_trajectory": True}, {"noise": torch.ones(BATCH)},
     {"step_noise": torch.ones(6, *BATCH)}, {"batch_size": 16}, {"callback": lambda *event: None},
     {"cond": ONE, "uncond": ZERO, "guidance_scale": 3.0}, {"cond": ONE, "uncond": ZERO, "guidance_scale": ONE["y"]},
+    {"clip": gk.DynamicThreshold()}, {"cond": ONE, "uncond": ZERO, "guidance_scale": 3.0, "guidance_rescale": 0.7},
 ])  # fmt: skip
 def test_a_captured_loop_never_waits_for_the_device(options):
     options = placed(options)

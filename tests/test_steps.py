@@ -15,6 +15,7 @@ F64 = torch.float64
 SHAPE = (5, 3, 4)
 DIFFUSION = gk.Diffusion()
 T, S = 600, 400
+PREDICTIONS = ["epsilon", "v", "sample", "score"]
 
 
 def scales(t):
@@ -31,8 +32,13 @@ def gauss(x, m, t, s, eta, prediction, clip=None):
         "epsilon": lambda: ((x - s_t * m) / a_t, m),
         "v": lambda: (a_t * x - s_t * m, a_t * m + s_t * x),
         "sample": lambda: (m, (x - a_t * m) / s_t),
+        "score": lambda: ((x + s_t**2 * m) / a_t, -s_t * m),
     }[prediction]()
-    y = y if clip is None else y.clamp(-clip, clip)
+    if isinstance(clip, gk.DynamicThreshold):
+        bound = torch.quantile(y.abs().flatten(1), clip.ratio, dim=1).clamp(1.0, clip.max_value).reshape(-1, 1, 1)
+        y = torch.minimum(torch.maximum(y, -bound), bound) / bound
+    elif clip is not None:
+        y = y.clamp(-clip, clip)
     d = eta * s_s / s_t * (1.0 - a_t**2 / a_s**2).sqrt()
     return a_s * y + (s_s**2 - d**2).sqrt() * e, d
 
@@ -42,8 +48,8 @@ def tensors(dtype, seed=0):
     return [torch.randn(SHAPE, generator=g, dtype=F64).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
-@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("clip", [None, 0.8, gk.DynamicThreshold(0.8, 2.5)])
 @pytest.mark.parametrize("by_sample", [False, True])
 def test_log_density_is_that_of_the_gaussian(prediction, clip, by_sample, path):
     x, m, _ = tensors(F64)
@@ -86,7 +92,7 @@ def test_large_samples_score_with_the_bits_of_sampling():
         assert torch.equal(alone, sampled[b : b + 1])
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradient_is_that_of_the_gaussian_with_the_state_held_constant(prediction, path):
     x, m, _ = tensors(F64)
     ends = (*scales(T), *scales(S))
@@ -153,6 +159,26 @@ def test_step_of_diffusion_takes_times():
     assert continuous.step(x, m, 0.6, 0.4, x_s=x, eta=0.5)[1].isfinite().all()
 
 
+def test_step_of_a_network_that_predicts_the_score_is_that_of_its_epsilon():
+    x, m, u = tensors(F64)
+    of_score, options = gk.Diffusion(prediction="score"), {"noise": Noise(4), "guidance_scale": 2.0}
+    for t, s in ((T, S), (torch.full((5,), T), torch.full((5,), S))):
+        sigma = scales(T)[1]
+        found = of_score.step(x, -m / sigma, t, s, uncond=-u / sigma, **options)
+        wanted = DIFFUSION.step(x, m, t, s, uncond=u, **options)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # of float32 sigma where t is a tensor
+        scored = of_score.step(x, -m / sigma, t, s, uncond=-u / sigma, x_s=found[0], guidance_scale=2.0)[1]
+        assert torch.equal(scored, found[1])
+
+
+def test_thresholded_samples_are_scored_again_with_a_ratio_of_one():
+    x, m, u = tensors(torch.float32)
+    options = {"clip": gk.DynamicThreshold(0.7), "uncond": u, "guidance_scale": 3.0}
+    x_s, sampled = DIFFUSION.step(x, m, T, S, noise=Noise(1), **options)
+    _, scored = DIFFUSION.step(x, m.clone().requires_grad_(), T, S, x_s=x_s, **options)
+    assert torch.equal(scored, sampled)
+
+
 def test_a_sampled_loop_is_scored_again_with_a_ratio_of_one():
     model = torch.nn.Linear(4, 4)
     x, states, total = torch.randn(SHAPE), [], []
@@ -185,7 +211,7 @@ ENDS = (*scales(T), *scales(S))
         (lambda: gk.steps.ddim(X, M, *ENDS, x_s=X, noise=Noise(0)), ValueError, "noise: expected None beside x_s"),
         (lambda: gk.steps.ddim(X, None, *ENDS), TypeError, "model_output: expected a torch tensor, got NoneType"),
         (lambda: gk.steps.ddim(X, M, *ENDS, reduction="max"), ValueError, "reduction: expected one of 'sum', 'mean'"),
-        (lambda: gk.steps.ddim(X, M, *ENDS, prediction="score"), ValueError, "prediction: expected one of"),
+        (lambda: gk.steps.ddim(X, M, *ENDS, prediction="flow"), ValueError, "prediction: expected one of"),
         (lambda: gk.steps.flow(X, M, 1.0, 0.1, 1.0), ValueError, "t: expected < 1"),
         (lambda: gk.steps.flow(X, M, 0.5, 0.0, 1.0), ValueError, "g, dt: expected > 0"),
         (lambda: gk.steps.flow(X, M, 0.5, 0.1, -1.0), ValueError, "g: expected a finite number >= 0, got -1.0"),

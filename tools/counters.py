@@ -3,7 +3,8 @@
     python tools/counters.py [--out benchmarks/counters]
 
 Runs itself under ncu, reads the metrics of one launch of each pass and writes <machine>-counters.json, which
-tools/speed_targets.py puts into docs/speed.md.
+tools/speed_targets.py puts into docs/speed.md, and <machine>-roofline.png: warp instructions a second against those a
+byte of memory traffic, under what the device can issue and what its memory can move. --redraw draws it again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ METRICS = {
     "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active": "multiply-add pipes",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
     "launch__registers_per_thread": "registers",
+    "smsp__inst_executed.sum": "instructions",
+    "dram__bytes.sum": "bytes",
 }
 
 
@@ -69,20 +72,57 @@ def readings(text: str) -> list[dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         value = float(row["Metric Value"].replace(",", ""))
-        if row["Metric Unit"] in ("ns", "nsecond"):
-            value /= 1e3
+        if METRICS[row["Metric Name"]] == "us":
+            value /= 1e3  # ncu counts nanoseconds
         found.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = value
     return list(found.values())
+
+
+def roofline(result: dict[str, Any], path: Path) -> None:
+    """Draws <machine>-roofline.png beside the counters. The roofs are what the counters' percentages are of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["passes"]
+    rate = {name: row["instructions"] / (row["us"] * 1e-6) for name, row in rows.items()}
+    moved = {name: row["bytes"] / (row["us"] * 1e-6) for name, row in rows.items()}
+    # The fullest reading is the least rounded one.
+    issue = max((row["issue slots"], rate[name]) for name, row in rows.items())
+    memory = max((row["memory"], moved[name]) for name, row in rows.items())
+    most_issued, most_moved = issue[1] / issue[0] * 100.0, memory[1] / memory[0] * 100.0
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    x = [0.01, most_issued / most_moved, 4.0]
+    axes.plot(x, [most_moved * x[0], most_issued, most_issued], color="black", linewidth=1)
+    axes.text(x[0] * 1.1, most_moved * x[0] * 1.25, f"memory, {most_moved / 1e12:.2f} TB/s", rotation=33, fontsize=8)
+    axes.text(x[1] * 1.1, most_issued * 1.05, f"issue, {most_issued / 1e9:.0f} G warp instructions/s", fontsize=8)
+    for number, (name, row) in enumerate(rows.items()):
+        at = row["instructions"] / row["bytes"], rate[name]
+        axes.plot(*at, "o", color=f"C{number % 10}", label=f"{number + 1}  {name}, {row['us']:.0f} us")
+        axes.annotate(str(number + 1), at, textcoords="offset points", xytext=(5, -9), fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="warp instructions / byte of memory traffic")
+    axes.set(ylabel="warp instructions / s", title=f"{result['machine']['name']}, tensors of 2^26 elements")
+    axes.legend(fontsize=7, loc="lower right")
+    axes.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path.with_name(path.name.replace("-counters.json", "-roofline.png")), dpi=130)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "counters")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw what --out holds again")
     arguments = parser.parse_args()
     if arguments.launch:
         return launch()
-    command = ["ncu", "--csv", "--clock-control", "none", "--metrics", ",".join(METRICS)]
+    if arguments.redraw:
+        for path in sorted(arguments.out.glob("*-counters.json")):
+            roofline(json.loads(path.read_text()), path)
+        return None
+    command = ["ncu", "--csv", "--clock-control", "none", "--print-units", "base", "--metrics", ",".join(METRICS)]
     command += ["--kernel-name", "regex:map_kernel|reduce_kernel", sys.executable, __file__, "--launch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -98,6 +138,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{machine.slug(device)}-counters.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    roofline(result, path)
     print(path)
 
 

@@ -176,7 +176,8 @@ def tables() -> str:
         lines.append("")
     for path in sorted(COUNTERS.glob("*.json")):
         result = json.loads(path.read_text())
-        metrics = list(next(iter(result["passes"].values())))
+        metrics = [m for m in next(iter(result["passes"].values())) if m not in ("instructions", "bytes")]
+        picture = path.with_name(path.name.replace("-counters.json", "-roofline.png")).relative_to(ROOT)
         lines += [
             f"### Counters, {result['machine']['name']}",
             "",
@@ -186,7 +187,7 @@ def tables() -> str:
         lines += ["| pass | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
         for name, found in result["passes"].items():
             lines.append(f"| {name} | " + " | ".join(f"{found[m]:.0f}" for m in metrics) + " |")
-        lines.append("")
+        lines += ["", f"![Roofline, {result['machine']['name']}](../{picture})", ""]
     return "\n".join(lines)
 
 

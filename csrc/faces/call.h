@@ -251,9 +251,9 @@ inline const View& like_of(const Call& call) {
   return call.out[0];
 }
 
-// The kernel's arguments; they point into call's views.
-inline MapArgs make_args(const Call& call) {
-  expect(!call.out.empty() && call.out.size() <= kMaxOuts, "out: expected 1 to 3 outputs, got ", call.out.size());
+// The kernel's arguments for a row with n_out outputs, which lie in call.out or nowhere; they point into call's views.
+inline MapArgs make_args(const Call& call, int64_t n_out) {
+  expect(n_out >= 1 && n_out <= kMaxOuts, "out: expected 1 to 3 outputs, got ", n_out);
   const View& like = like_of(call);
   expect(like.ndim >= 1 && like.ndim <= kMaxDims, "x: expected 1 to 16 dimensions, got ", like.ndim);
   MapArgs args;
@@ -284,13 +284,15 @@ inline MapArgs make_args(const Call& call) {
     set(kMask, mask, "mask");
     if (boolean) args.in[kMask].dtype = DType::u8;
   }
-  args.n_out = static_cast<int32_t>(call.out.size());
-  for (int32_t j = 0; j < args.n_out; ++j) args.out[j] = array_of(call.out[j], like, "out");
+  args.n_out = static_cast<int32_t>(n_out);
+  for (size_t j = 0; j < call.out.size(); ++j) args.out[j] = array_of(call.out[j], like, "out");
   expect_outputs_apart(call);
   args.use_pred = call.use_pred;
   set_rows(call, like, args.n_out, batch, args.f64, args.rows);
   set_noise(call, like, batch, args.noise);
   return args;
 }
+
+inline MapArgs make_args(const Call& call) { return make_args(call, static_cast<int64_t>(call.out.size())); }
 
 }  // namespace genkern

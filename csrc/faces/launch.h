@@ -10,9 +10,7 @@ struct Launcher {
   size_t map_bytes = sizeof(MapArgs), reduce_bytes = sizeof(ReduceArgs);  // both halves are of one build
   // False where nothing was run: the caller then takes the way through torch, which words the error.
   bool (*map)(const MapArgs& args, bool cuda, int32_t device) noexcept;
-  // These bring their own workspace, loss its sums too: it writes scale times the sum over all samples to `total`.
-  bool (*reduce)(ReduceArgs& args, bool cuda, int32_t device) noexcept;
-  bool (*loss)(ReduceArgs& args, double scale, void* total, bool cuda, int32_t device) noexcept;
+  bool (*reduce)(ReduceArgs& args, bool cuda, int32_t device) noexcept;  // brings its own workspace
 };
 
 }  // namespace genkern

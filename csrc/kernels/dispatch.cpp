@@ -3,16 +3,10 @@
 #include <cstring>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace genkern {
 namespace {
-
-struct Isa {
-  const char* name;
-  void (*map)(const MapArgs&, const Walk&, int64_t, int64_t);
-  void (*reduce)(const ReduceCpu&, int64_t, int64_t);
-  bool supported;
-};
 
 // The widest last.
 const Isa* isa_table(int* count) {
@@ -22,11 +16,13 @@ const Isa* isa_table(int* count) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, true},
-                              {"avx2", avx2::map_tasks, avx2::reduce_tasks, has_avx2},
-                              {"avx512", avx512::map_tasks, avx512::reduce_tasks, has_avx512}};
+  static const Isa table[] = {
+      {"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true},
+      {"avx2", avx2::map_tasks, avx2::reduce_tasks, avx2::stat_tasks, avx2::value_tasks, has_avx2},
+      {"avx512", avx512::map_tasks, avx512::reduce_tasks, avx512::stat_tasks, avx512::value_tasks, has_avx512}};
 #else
-  static const Isa table[] = {{"scalar", scalar::map_tasks, scalar::reduce_tasks, true}};
+  static const Isa table[] = {
+      {"scalar", scalar::map_tasks, scalar::reduce_tasks, scalar::stat_tasks, scalar::value_tasks, true}};
 #endif
   *count = sizeof table / sizeof table[0];
   return table;
@@ -55,17 +51,11 @@ struct ReduceContext {
   const Isa* isa;
 };
 
-// Below this a second thread costs more than it brings.
-constexpr int64_t kGrainElements = 4 * kChunk;
-
-int64_t grain(const Walk& walk) {
-  const int64_t elements = walk.n < kChunk ? walk.n : kChunk;
-  return (kGrainElements + elements - 1) / elements;
-}
-
 }  // namespace
 
-const char* cpu_isa() { return chosen().load()->name; }
+const Isa* chosen_isa() { return chosen().load(); }
+
+const char* cpu_isa() { return chosen_isa()->name; }
 
 bool select_cpu_isa(const char* name) {
   int count;
@@ -82,7 +72,7 @@ bool select_cpu_isa(const char* name) {
 void map_cpu(const MapArgs& args, const Parallel& parallel) {
   const Walk walk = make_walk(args, /*keep_samples=*/false);
   if (walk.batch == 0 || walk.n == 0) return;
-  MapContext context{&args, &walk, chosen().load()};
+  MapContext context{&args, &walk, chosen_isa()};
   parallel.run(walk.batch * chunks_per_sample(walk.n), grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
     const auto* context = static_cast<const MapContext*>(c);
     context->isa->map(*context->args, *context->walk, begin, end);
@@ -99,22 +89,27 @@ void reduce_cpu(const ReduceArgs& args, const Parallel& parallel) {
   const int64_t chunks = chunks_per_sample(walk.n);
   auto* partials = static_cast<double*>(args.workspace);
   if (walk.batch > 0 && walk.n > 0) {
-    ReduceContext context{{&args.map, &walk, args.rho, args.scale, partials}, chosen().load()};
+    ReduceContext context{{&args, &walk, partials}, chosen_isa()};
     parallel.run(walk.batch * chunks, grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
       const auto* context = static_cast<const ReduceContext*>(c);
       context->isa->reduce(context->args, begin, end);
     });
   }
+  const auto write = [&](void* to, int64_t at, double number) {
+    if (args.map.f64)
+      static_cast<double*>(to)[at] = number;
+    else
+      static_cast<float*>(to)[at] = static_cast<float>(number);
+  };
+  double total = 0.0;
   for (int64_t b = 0; b < walk.batch; ++b) {
-    for (int which = 0; which < 2; ++which) {
-      double sum = 0.0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partials[2 * (b * chunks + c) + which];
-      if (args.map.f64)
-        static_cast<double*>(args.sums)[2 * b + which] = sum;
-      else
-        static_cast<float*>(args.sums)[2 * b + which] = static_cast<float>(sum);
-    }
+    double sums[2] = {};
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int which = 0; which < 2; ++which) sums[which] += partials[2 * (b * chunks + c) + which];
+    for (int which = 0; args.sums != nullptr && which < 2; ++which) write(args.sums, 2 * b + which, sums[which]);
+    total += weight_of(args.weight, b) * sums[0];
   }
+  if (args.total != nullptr) write(args.total, 0, args.total_scale * total);
 }
 
 }  // namespace genkern

@@ -4,8 +4,9 @@
 //   y     = clamp(a x + b m, lo, hi)
 //   out_j = c0j y + c1j x + c2j m + sum_k c3jk h_k + s_j z
 //
-// map applies a row of coefficients; reduce applies one with one output, the residual r,
-// writes scale * mask * r (scale * mask * sign(r) for absolute values) and sums mask * rho(r) over each sample.
+// map applies a row of coefficients; reduce applies one with one output, the residual r, writes
+// scale * weight[b] * mask * r (with sign(r) for absolute values), sums mask * rho(r) over each sample, and those over
+// the batch.
 #pragma once
 
 #include <cstddef>
@@ -94,11 +95,15 @@ struct MapArgs {
   RowSource rows;
 };
 
+// The written residual times scale * weight[b] is the gradient of a loss already.
 struct ReduceArgs {
-  MapArgs map;  // one output: the residual
+  MapArgs map;  // one output: the residual; not written where its data is null
   Rho rho = Rho::square;
-  double scale = 1.0;         // of the residual as it is written, so that it is the gradient of a loss already
-  void* sums = nullptr;       // [B, 2] of the arithmetic's type: sum of mask * rho, sum of the mask (n without one)
+  double scale = 1.0;
+  Value weight{nullptr, DType::f32, 0, 0, 1.0};  // of a sample; null: 1
+  void* sums = nullptr;  // [B, 2] of the arithmetic's type: sum of mask * rho, sum of the mask (n without one); or null
+  void* total = nullptr;  // of the arithmetic's type: total_scale times the sum of weight[b] * sums[b][0]; or null
+  double total_scale = 1.0;
   void* workspace = nullptr;  // reduce_workspace() bytes
 };
 

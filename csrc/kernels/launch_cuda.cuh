@@ -143,6 +143,16 @@ void launch_any(const MapArgs& args, const Walk& walk, Launch launch) {
   args.f64 ? launch(double(), Int<1>(), kStrided) : launch(float(), Int<1>(), kStrided);
 }
 
+// operation.launch() of a general kernel for any pass that draws no noise.
+template <typename Operation>
+void launch_undrawn(const MapArgs& args, const Walk& walk, const Operation& operation) {
+  launch_any(args, walk, [&](auto acc, auto vec, auto layout) {
+    constexpr Layout kLayout = decltype(layout)::value;
+    if constexpr (kLayout != Layout::permuted)
+      operation.template launch<Vector<decltype(acc), decltype(vec)::value, kLayout, Any<true, false>>>();
+  });
+}
+
 template <typename Acc>
 void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
   for (int k = 0; k < kArrays; ++k) {

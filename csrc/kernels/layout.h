@@ -1,8 +1,9 @@
 // From sizes and strides to one canonical walk: sample by sample, and inside a sample in the order of memory.
 //
 // Element i of a sample is its C-order index whatever the strides, and the noise needs that index: it is carried along
-// as one more array, whose strides are the C-order ones. Dimensions are sorted by the first output's strides and merged
-// where every array allows it. A walk that ends with one dimension of stride 1 everywhere is `linear`.
+// as one more array, whose strides are the C-order ones. Dimensions are sorted by the first output's strides (the first
+// input's where nothing is written) and merged where every array allows it. A walk that ends with one dimension of
+// stride 1 everywhere is `linear`.
 #pragma once
 
 #include <algorithm>
@@ -57,13 +58,17 @@ inline Walk make_walk(const MapArgs& args, bool keep_samples) {
   };
   for (int k = 0; k < kWalkArrays; ++k) walk.batch_stride[k] = merge_batch || k == kIndex ? 0 : stride(k, 0);
 
+  // A pass that writes nothing goes in the order of its first input.
+  int lead = kInputs;
+  for (int k = 0; args.out[0].data == nullptr && k < kInputs && lead == kInputs; ++k)
+    if (given(args, k)) lead = k;
   int order[kMaxDims];
   int ndim = 0;
   for (int d = first; d < args.ndim; ++d)
     if (args.sizes[d] != 1) order[ndim++] = d;
-  // Stable insertion sort, the largest stride of the first output first; ties keep C order.
+  // Stable insertion sort, the largest stride of the leading array first; ties keep C order.
   for (int i = 1; i < ndim; ++i)
-    for (int j = i; j > 0 && stride(kInputs, order[j]) > stride(kInputs, order[j - 1]); --j)
+    for (int j = i; j > 0 && stride(lead, order[j]) > stride(lead, order[j - 1]); --j)
       std::swap(order[j], order[j - 1]);
 
   for (int i = 0; i < ndim; ++i) {

@@ -1,28 +1,14 @@
-// reduce on the CPU: r = row(x, m, ...); scale * mask * r (scale * mask * sign(r)) is written, and mask * rho(r) summed
-// over each chunk.
+// reduce on the CPU: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values) is written,
+// and mask * rho(r) summed over each chunk.
 //
-// A block is summed in 16 lanes whatever the vector width, the lanes in a fixed tree, blocks and chunks in order in
-// double: the sums depend neither on the instruction set nor on the number of threads.
+// Blocks and chunks are added in order in double, so that the sums depend neither on the instruction set nor on the
+// number of threads.
 #include "block.h"
+#include "sum_block.h"
 
 namespace genkern {
 namespace GENKERN_ISA {
 namespace {
-
-constexpr int kLanes = 16;
-
-// The sum of term(i), i from 0 to count - 1.
-template <typename Acc, typename Term>
-double sum_block(int count, Term term) {
-  Acc lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  for (int l = 0; i + l < count; ++l) lanes[l] += term(i + l);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return static_cast<double>(lanes[0]);
-}
 
 template <typename Acc>
 Acc absolute(Acc v) {
@@ -59,12 +45,14 @@ double sum_rho_masked(Rho rho, const Acc* mask, Acc* r, int count) {
 }
 
 template <typename Acc>
-void reduce_typed(const ReduceCpu& args, int64_t begin, int64_t end) {
-  const MapArgs& map = *args.map;
+void reduce_typed(const ReduceCpu& task_args, int64_t begin, int64_t end) {
+  const ReduceArgs& args = *task_args.args;
+  const MapArgs& map = args.map;
+  double* const partials = task_args.partials;
   Plan plan;
-  make_plan(map, *args.walk, plan);
+  make_plan(map, *task_args.walk, plan);
   Buffers<Acc> buffers;
-  for (int64_t task = begin; task < end; ++task) args.partials[2 * task] = args.partials[2 * task + 1] = 0.0;
+  for (int64_t task = begin; task < end; ++task) partials[2 * task] = partials[2 * task + 1] = 0.0;
   auto body = [&](int64_t task, const Span& span, const Acc* cells, float* z) {
     RowPass<Acc> pass;
     set_inputs(map, plan, span, cells, z, buffers, pass);
@@ -80,21 +68,21 @@ void reduce_typed(const ReduceCpu& args, int64_t begin, int64_t end) {
     } else {
       sum = sum_rho(args.rho, r, span.count);
     }
-    if (args.scale != 1.0) {
-      const Acc scale = static_cast<Acc>(args.scale);
+    partials[2 * task] += sum;
+    partials[2 * task + 1] += elements;
+    if (map.out[0].data == nullptr) return;
+    const auto scale = static_cast<Acc>(args.scale * weight_of(args.weight, span.b));
+    if (scale != Acc(1))
       for (int i = 0; i < span.count; ++i) r[i] = scale * r[i];
-    }
     store(span, kInputs, map.out[0], r);
-    args.partials[2 * task] += sum;
-    args.partials[2 * task + 1] += elements;
   };
-  for_each_block<Acc>(map, *args.walk, plan, kBlock, begin, end, buffers.noise, body);
+  for_each_block<Acc>(map, *task_args.walk, plan, kBlock, begin, end, buffers.noise, body);
 }
 
 }  // namespace
 
 void reduce_tasks(const ReduceCpu& args, int64_t begin, int64_t end) {
-  args.map->f64 ? reduce_typed<double>(args, begin, end) : reduce_typed<float>(args, begin, end);
+  args.args->map.f64 ? reduce_typed<double>(args, begin, end) : reduce_typed<float>(args, begin, end);
 }
 
 }  // namespace GENKERN_ISA

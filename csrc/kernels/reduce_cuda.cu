@@ -1,8 +1,8 @@
-// reduce on CUDA: r = row(x, m, ...); scale * mask * r (scale * mask * sign(r)) is written; sums of mask * rho(r) and
-// of the mask, a sample.
+// reduce on CUDA: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values) is written; sums
+// of mask * rho(r) and of the mask, a sample; and the weighted sum over the batch.
 //
-// Two launches and no atomics: each block sums its chunks in a fixed tree, then one block a sample sums the blocks. The
-// same bits each run.
+// No atomics: each block sums its chunks in a fixed tree; then one block a sample sums the blocks, or, over the batch,
+// one block all of them, or as many as are worth it and then one. The same bits each run.
 #include "launch_cuda.cuh"
 
 namespace genkern {
@@ -23,12 +23,16 @@ __device__ __forceinline__ void sum_along_x(Acc (*sums)[2]) {
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, V::kBlocks)
-    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, typename V::Acc scale, double* partials) {
+    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, double scale_of_all, Value weight,
+                  double* partials) {
   using Acc = typename V::Acc;
   constexpr int kVec = V::kVec;
   __shared__ Shared<Acc> shared;
   __shared__ Acc sums[kThreads][2];
   Acc sum = 0, elements = 0;
+  const int64_t b = sample_of_thread();
+  const bool written = pass.data[kInputs] != nullptr;
+  const auto scale = static_cast<Acc>(b < pass.batch ? scale_of_all * weight_of(weight, b) : 0.0);
   walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {
     const bool masked = V::Facts::has(pass, kMask);
     Acc r[V::kOuts][kVec], mask[kVec];
@@ -58,13 +62,12 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
       });
     }
     if (!masked) elements += static_cast<Acc>(count);
-    vector.put(pass, 0, r[0]);
+    if (written) vector.put(pass, 0, r[0]);
   });
   const int at = threadIdx.y * blockDim.x + threadIdx.x;
   sums[at][0] = sum;
   sums[at][1] = elements;
   sum_along_x(sums);
-  const int64_t b = sample_of_thread();
   if (threadIdx.x == 0 && b < pass.batch) {
     double* partial = partials + 2 * (b * pass.blocks + blockIdx.x);
     partial[0] = static_cast<double>(sums[at][0]);
@@ -90,6 +93,24 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partials
   }
 }
 
+// scale times the sum of weight[k / each] * in[k * step] over the k of this block, of count.
+template <typename Out>
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const double* in, int64_t count, int64_t step, int64_t each, Value weight, double scale, Out* out) {
+  __shared__ double sums[kThreads][2];
+  const int64_t of_block = (count + gridDim.x - 1) / gridDim.x, first = blockIdx.x * of_block;
+  double sum = 0.0;
+  for (int64_t k = first + threadIdx.x; k < count && k < first + of_block; k += kThreads)
+    sum += (weight.data != nullptr ? read_value(weight, k / each) : 1.0) * in[k * step];
+  sums[threadIdx.x][0] = sum;
+  sums[threadIdx.x][1] = 0.0;
+  sum_along_x(sums);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<Out>(scale * sums[0][0]);
+}
+
+constexpr int64_t kOneBlock = 32 * kThreads;  // numbers that one block adds in about 10 us
+constexpr int64_t kTotalBlocks = 256;
+
 struct Reduce {
   const ReduceArgs& args;
   const Walk& walk;
@@ -104,10 +125,28 @@ struct Reduce {
     const int most = std::max(most_chunks(args.map, V::kVec), static_cast<int>(long_sample));
     const Launch laid = lay<V>(args.map, walk, most, pass);
     auto* partials = static_cast<double*>(args.workspace);
-    const auto scale = static_cast<Acc>(args.scale);
-    if (walk.n > 0) reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, scale, partials);
-    finish_kernel<Acc><<<static_cast<unsigned>(walk.batch), kThreads, 0, stream>>>(
-        partials, walk.n > 0 ? pass.blocks : 0, static_cast<Acc*>(args.sums));
+    const int64_t blocks = walk.n > 0 ? pass.blocks : 0;
+    if (walk.n > 0)
+      reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, args.scale, args.weight, partials);
+    auto* const sums = static_cast<Acc*>(args.sums);
+    const auto batch = static_cast<unsigned>(walk.batch);
+    if (sums != nullptr) finish_kernel<Acc><<<batch, kThreads, 0, stream>>>(partials, blocks, sums);
+    if (args.total != nullptr)
+      add_up(partials, walk.batch * blocks, std::max<int64_t>(blocks, 1), static_cast<Acc*>(args.total));
+  }
+
+  template <typename Acc>
+  void add_up(double* partials, int64_t count, int64_t each, Acc* total) const {
+    const double scale = args.total_scale;
+    const Value weight = args.weight;
+    if (count <= kOneBlock) {
+      total_kernel<Acc><<<1, kThreads, 0, stream>>>(partials, count, 2, each, weight, scale, total);
+      return;
+    }
+    const auto blocks = static_cast<unsigned>(std::min((count + kOneBlock - 1) / kOneBlock, kTotalBlocks));
+    double* const sums = partials + 2 * count;
+    total_kernel<double><<<blocks, kThreads, 0, stream>>>(partials, count, 2, each, weight, 1.0, sums);
+    total_kernel<Acc><<<1, kThreads, 0, stream>>>(sums, blocks, 1, 1, Value{}, scale, total);
   }
 };
 
@@ -121,13 +160,18 @@ size_t reduce_workspace_cuda(const MapArgs& args) {
   lay_chunks(walk.batch, walk.n, walk.linear ? vector_width(args) : 1, 1, 1, blocks, chunks);
   Tiles tiles;
   if (tiles.of(walk, vector_width(args))) blocks = std::max(blocks, tiles.blocks);
-  return static_cast<size_t>(walk.batch * blocks) * 2 * sizeof(double);
+  return (static_cast<size_t>(walk.batch * blocks) * 2 + kTotalBlocks) * sizeof(double);
 }
 
 const char* reduce_cuda(const ReduceArgs& args, void* stream) {
   const Walk walk = make_walk(args.map, /*keep_samples=*/true);
-  if (walk.batch == 0) return nullptr;
   const Reduce reduce{args, walk, static_cast<cudaStream_t>(stream)};
+  if (walk.batch == 0) {
+    if (args.total == nullptr) return nullptr;
+    args.map.f64 ? reduce.add_up(nullptr, 0, 1, static_cast<double*>(args.total))
+                 : reduce.add_up(nullptr, 0, 1, static_cast<float*>(args.total));
+    return launch_error();
+  }
   if (walk.n > 0 && launch_known<kReduceTerms, kReducePermutedTerms>(args.map, walk, kResidual, reduce))
     return launch_error();
   const bool draw = args.map.noise.draw_kind != Draw::none;

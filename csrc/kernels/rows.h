@@ -20,6 +20,9 @@ GENKERN_HD double read_value(const Value& v, int64_t b) {
   return v.scale * value;
 }
 
+// 1 where there is none.
+GENKERN_HD double weight_of(const Value& v, int64_t b) { return v.data != nullptr ? read_value(v, b) : 1.0; }
+
 // Eq. (13.13) with d = eta (sigma_s / sigma_t) sqrt(1 - alpha_t^2 / alpha_s^2), the seed's sigma_t at eta = 1:
 //
 //   x_s = alpha_s y + sqrt(sigma_s^2 - d^2) epsilon + d z,    epsilon from the network's output, unclamped.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../faces/stat.h"
 #include "eager.h"
 #include "views.h"
 
@@ -42,6 +43,17 @@ void run_parallel(int64_t count, int64_t grain, void* context, void (*body)(void
 const genkern::Parallel kThreads{run_parallel};
 
 #ifdef GENKERN_WITH_CUDA
+// run(), with `workspace` pointing to memory for as long as the stream needs it.
+template <typename Run>
+const char* with_workspace(size_t bytes, void* stream, void*& workspace, Run run) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const cudaError_t got = cudaMallocAsync(&workspace, bytes + 1, queue);
+  if (got != cudaSuccess) return cudaGetErrorString(got);
+  const char* error = run();
+  cudaFreeAsync(workspace, queue);
+  return error;
+}
+
 // Makes a device current for as long as it lives.
 class DeviceGuard {
  public:
@@ -149,12 +161,70 @@ void reduce_out(const py::object& x, const py::object& m, const py::object& m_un
       },
       [&]([[maybe_unused]] void* cuda_stream) -> const char* {
 #ifdef GENKERN_WITH_CUDA
-        const auto queue = static_cast<cudaStream_t>(cuda_stream);
-        const cudaError_t got = cudaMallocAsync(&args.workspace, genkern::reduce_workspace_cuda(args.map) + 1, queue);
-        if (got != cudaSuccess) return cudaGetErrorString(got);
-        const char* error = genkern::reduce_cuda(args, cuda_stream);
-        cudaFreeAsync(args.workspace, queue);
-        return error;
+        return with_workspace(genkern::reduce_workspace_cuda(args.map), cuda_stream, args.workspace,
+                              [&] { return genkern::reduce_cuda(args, cuda_stream); });
+#else
+        return nullptr;
+#endif
+      });
+}
+
+void stat_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h,
+              const py::object& z, const Floats& row, const py::object& table, const py::object& index,
+              const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
+              const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred, int64_t outs,
+              int64_t kind, double atol, double rtol, const py::object& sums, std::optional<intptr_t> stream) {
+  Views views(stream);
+  const Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise,
+                              key, device_key, sample_ids, use_pred);
+  genkern::StatArgs args = genkern::make_stat_args(call, outs, kind, atol, rtol);
+  const genkern::View& like = genkern::like_of(call);
+  const genkern::View sums_view = views.of(sums, "sums", true);
+  genkern::expect_device(sums_view, like, "sums");
+  const int64_t n_sums = genkern::sums_of(args.kind, args.map.n_out);
+  expect(sums_view.contiguous() && sums_view.numel() == n_sums * args.map.sizes[0] &&
+             sums_view.element == genkern::Element::f64,
+         "sums: expected contiguous [B, ", n_sums, "] of float64");
+  args.sums = static_cast<double*>(sums_view.data);
+  run_on(
+      like, views.stream(),
+      [&] {
+        std::vector<double> workspace(genkern::stat_workspace_cpu(args.map) / sizeof(double));
+        args.workspace = workspace.data();
+        genkern::stat_cpu(args, kThreads);
+      },
+      [&]([[maybe_unused]] void* cuda_stream) -> const char* {
+#ifdef GENKERN_WITH_CUDA
+        return with_workspace(genkern::stat_workspace_cuda(args.map), cuda_stream, args.workspace,
+                              [&] { return genkern::stat_cuda(args, cuda_stream); });
+#else
+        return nullptr;
+#endif
+      });
+}
+
+void quantile_out(const py::object& x, const py::object& m, const py::object& m_uncond, const Objects& h,
+                  const py::object& z, const Floats& row, const py::object& table, const py::object& index,
+                  const Objects& values, const Ints& cells, const Floats& scales, int64_t formula, int64_t noise,
+                  const Ints& key, const py::object& device_key, const py::object& sample_ids, bool use_pred, double q,
+                  const py::object& out, std::optional<intptr_t> stream) {
+  Views views(stream);
+  const Call call = make_call(views, x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise,
+                              key, device_key, sample_ids, use_pred);
+  genkern::QuantileArgs args = genkern::make_quantile_args(call, q);
+  const genkern::View& like = genkern::like_of(call);
+  const genkern::View out_view = views.of(out, "out", true);
+  genkern::expect_device(out_view, like, "out");
+  expect(out_view.contiguous() && out_view.numel() == args.map.sizes[0] &&
+             out_view.element == (args.map.f64 ? genkern::Element::f64 : genkern::Element::f32),
+         "out: expected contiguous [B] of float32 (float64 for float64 states)");
+  args.out = out_view.data;
+  run_on(
+      like, views.stream(), [&] { genkern::quantile_cpu(args, kThreads); },
+      [&]([[maybe_unused]] void* cuda_stream) -> const char* {
+#ifdef GENKERN_WITH_CUDA
+        return with_workspace(genkern::quantile_workspace_cuda(args.map), cuda_stream, args.workspace,
+                              [&] { return genkern::quantile_cuda(args, cuda_stream); });
 #else
         return nullptr;
 #endif
@@ -188,6 +258,16 @@ PYBIND11_MODULE(_arrays, module) {
              py::arg("use_pred"), py::arg("mask"), py::arg("kind"), py::arg("residual"), py::arg("sums"),
              py::arg("stream") = py::none(),
              "torch.ops.genkern.reduce, over arrays, into a given residual and sums [B, 2].");
+  module.def("stat", &stat_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"), py::arg("z"),
+             py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"), py::arg("scales"),
+             py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"), py::arg("sample_ids"),
+             py::arg("use_pred"), py::arg("outs"), py::arg("kind"), py::arg("atol"), py::arg("rtol"), py::arg("sums"),
+             py::arg("stream") = py::none(), "torch.ops.genkern.stat, over arrays, into given sums.");
+  module.def("stat_quantile", &quantile_out, py::arg("x"), py::arg("m"), py::arg("m_uncond"), py::arg("h"),
+             py::arg("z"), py::arg("row"), py::arg("table"), py::arg("index"), py::arg("values"), py::arg("cells"),
+             py::arg("scales"), py::arg("formula"), py::arg("noise"), py::arg("key"), py::arg("device_key"),
+             py::arg("sample_ids"), py::arg("use_pred"), py::arg("q"), py::arg("out"), py::arg("stream") = py::none(),
+             "torch.ops.genkern.stat_quantile, over arrays, into a given [B].");
   module.def("cpu_isa", &cpu_isa, py::arg("select") = "",
              "The CPU instruction set in use; a name selects one (for tests), and is an error where the CPU lacks it.");
   module.attr("has_cuda") = kHasCuda;

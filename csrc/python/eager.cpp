@@ -283,34 +283,63 @@ PyObject* reduce_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   });
 }
 
-// loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale): scale times the sum over all samples of what reduce_row
-// sums, or None.
+// A number a sample that is no part of the graph; one whose gradient is asked for goes elsewhere.
+bool set_weight(PyObject* weight, const View& like, Value& to) {
+  if (weight == Py_None) return true;
+  View view;
+  if (!plain_view(weight, view) || (grad_enabled() && requires_grad(weight))) return false;
+  if (view.element != Element::f32 && view.element != Element::f64) return false;
+  const int64_t count = view.numel();
+  if (view.ndim != 1 || !view.contiguous() || (count != 1 && count != like.sizes[0])) return false;
+  expect_device(view, like, "weight");
+  to = {view.data, floating(view, "weight"), count == 1 ? 0 : 1, 0, 1.0};
+  return true;
+}
+
+// A reduction of which the total alone is wanted: the residual stands where the state does, and is not written.
+bool set_unwritten(Terms& t, int64_t kind, ReduceArgs& args) {
+  if (kind < 0 || kind > 1 || dtype_code(t.like_view.element) < 0) return false;
+  t.call.out.push_back(t.like_view);
+  args.map = make_args(t.call);
+  args.map.out[0].data = nullptr;
+  args.rho = static_cast<Rho>(kind);
+  return true;
+}
+
+// loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale, weight): scale times the weighted sum over all samples of
+// what reduce_row sums, or None.
 PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
     Terms t;
     bool gradients = false;
-    double scale = 0.0;
-    if (n != 9 || !number_of(given[8], scale) || !set_reduction(given, loss_function, t, gradients)) return {};
-    const int64_t kind = PyLong_AsLong(given[7]);
     ReduceArgs args;
-    const py::object residual = set_residual(t, kind, args);
-    if (!residual) return {};
+    if (n != 10 || !number_of(given[8], args.total_scale) || !set_reduction(given, loss_function, t, gradients))
+      return {};
+    const int64_t kind = PyLong_AsLong(given[7]);
+    py::object residual;
+    if (gradients) {
+      residual = set_residual(t, kind, args);
+      if (!residual) return {};
+    } else if (!set_unwritten(t, kind, args)) {
+      return {};
+    }
+    const View& like = t.like_view;
+    if (!set_weight(given[9], like, args.weight)) return {};
     const py::object loss = new_scalar(t.like, arithmetic(args));
     View view;
     if (!loss || !fresh_view(loss.ptr(), view)) return {};
-    void* const total = view.data;
+    args.total = view.data;
     // What is stored is the gradient already, so that a backward whose own gradient is 1 has nothing to do. In float16
     // it would underflow: 1 / numel is there before a GradScaler's factor is.
-    double left = scale;
+    double left = args.total_scale;
     if (gradients && args.map.out[0].dtype != DType::f16) {
       const double of_rho = args.rho == Rho::square ? 2.0 : 1.0;
-      args.scale = of_rho * scale;
+      args.scale = of_rho * args.total_scale;
       left = 1.0 / of_rho;
+    } else if (gradients && args.weight.data != nullptr) {
+      return {};
     }
-    const View& like = t.like_view;
-    if (!without_lock(like, [&] {
-          return torch_side().launcher->loss(args, scale, total, like.device.cuda, like.device.index);
-        })) {
+    if (!without_lock(like, [&] { return torch_side().launcher->reduce(args, like.device.cuda, like.device.index); })) {
       return {};
     }
     if (!gradients) return loss;
@@ -368,7 +397,7 @@ PyMethodDef methods[] = {
     fast<map_row>("map_row", "map_row(row, x, m, m_uncond, h, noise, out, dtypes, draw), or None."),
     fast<map_numbers>("map_numbers", "map_numbers(numbers, out, tensors): True, or None."),
     fast<draw>("draw", "draw(shape, noise, device, dtype, out, kind), or None."),
-    fast<loss_row>("loss_row", "loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale), or None."),
+    fast<loss_row>("loss_row", "loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale, weight), or None."),
     fast<reduce_row>("reduce_row", "reduce_row(row, x, m, m_uncond, h, noise, mask, kind, scratch), or None."),
     {nullptr, nullptr, 0, nullptr},
 };

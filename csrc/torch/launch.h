@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -110,49 +108,6 @@ void launch_reduce(ReduceArgs& args, bool on_cuda, int32_t device) {
   run_on(on_cuda, device, [&] { run(nullptr); }, run);
 }
 
-// The sums over the samples, then scale times their sum: a reduction of one sample of B elements, in place, and a copy
-// of the first of its two numbers.
-void launch_loss(ReduceArgs& args, double scale, void* total, bool on_cuda, int32_t device) {
-  const Element element = args.map.f64 ? Element::f64 : Element::f32;
-  const int64_t batch = args.map.sizes[0], sizes[2] = {1, batch}, strides[2] = {2 * batch, 2};
-  [[maybe_unused]] const int64_t one = 1;
-  const auto run = [&](void* stream) -> const char* {
-    const size_t sums_bytes = 2 * sizeof(double) * static_cast<size_t>(batch + 1);
-    const Device place{on_cuda, device};
-    Call over_batch;
-    over_batch.row.assign(kFirstOut + kOutCells, 0.0);
-    over_batch.row[kW] = 1.0;
-    over_batch.row[kFirstOut + kOutX] = scale;
-    over_batch.x = View{total, element, place, 2, sizes, strides};
-    over_batch.out = {*over_batch.x};
-    ReduceArgs sum;
-    sum.map = make_args(over_batch);
-    sum.rho = Rho::absolute;
-    const size_t bytes = std::max(workspace_bytes(args.map, on_cuda), workspace_bytes(sum.map, on_cuda));
-    Workspace workspace(sums_bytes + bytes, on_cuda);
-    auto* memory = static_cast<char*>(workspace.data());
-    args.sums = memory;
-    sum.map.in[kX].data = sum.map.out[0].data = memory;
-    sum.sums = memory + 2 * element_size(element) * batch;
-    args.workspace = sum.workspace = memory + sums_bytes;
-    if (const char* error = reduce_there(args, on_cuda, stream)) return error;
-    if (const char* error = reduce_there(sum, on_cuda, stream)) return error;
-    if (!on_cuda) {
-      std::memcpy(total, sum.sums, static_cast<size_t>(element_size(element)));
-      return nullptr;
-    }
-#ifdef GENKERN_WITH_CUDA
-    over_batch.row[kFirstOut + kOutX] = 1.0;
-    over_batch.x = View{sum.sums, element, place, 1, &one, &one};
-    over_batch.out = {View{total, element, place, 1, &one, &one}};
-    return map_cuda(make_args(over_batch), stream);
-#else
-    return nullptr;
-#endif
-  };
-  run_on(on_cuda, device, [&] { run(nullptr); }, run);
-}
-
 // The device of a tensor that has a kernel: whether it is a CUDA one, and its index.
 std::pair<bool, int32_t> place(const Tensor& t) {
   expect(t.is_cpu() || t.is_cuda(), "x: expected a tensor on the CPU or on a CUDA device");
@@ -175,9 +130,6 @@ const Launcher kLauncher{sizeof(MapArgs), sizeof(ReduceArgs),
                          },
                          [](ReduceArgs& args, bool cuda, int32_t device) noexcept {
                            return succeeds([&] { launch_reduce(args, cuda, device); });
-                         },
-                         [](ReduceArgs& args, double scale, void* total, bool cuda, int32_t device) noexcept {
-                           return succeeds([&] { launch_loss(args, scale, total, cuda, device); });
                          }};
 
 int64_t launcher() { return reinterpret_cast<int64_t>(&kLauncher); }

@@ -1,11 +1,7 @@
 // torch.ops.genkern.*: schemas, allocation, device and stream, on the LibTorch stable ABI (no ATen header).
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -13,98 +9,17 @@
 #include <utility>
 #include <vector>
 
-#include "../faces/call.h"
 #include "../faces/numbers.h"
+#include "../faces/stat.h"
 #include "launch.h"
+#include "launch_stat.h"
+#include "tensors.h"
 
 namespace {
 
 using genkern::Call;
-using genkern::Element;
-using genkern::expect;
-using genkern::View;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::Half: return Element::f16;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::Bool: return Element::boolean;
-    case ScalarType::Long: return Element::int64;
-    default: return Element::other;
-  }
-}
-
-ScalarType scalar_type(int64_t code) {
-  switch (code) {
-    case 0: return ScalarType::Float;
-    case 1: return ScalarType::Half;
-    case 2: return ScalarType::BFloat16;
-    case 3: return ScalarType::Double;
-    default: break;
-  }
-  expect(false, "out_dtypes: expected 0 (float32), 1 (float16), 2 (bfloat16) or 3 (float64), got ", code);
-  return ScalarType::Float;
-}
-
-View view(const Tensor& t) {
-  return {t.data_ptr(),
-          element_of(t.scalar_type()),
-          {t.is_cuda(), t.is_cuda() ? t.get_device_index() : 0},
-          static_cast<int32_t>(t.dim()),
-          t.sizes().data(),
-          t.strides().data()};
-}
-
-genkern::MaybeView view(const MaybeTensor& t) { return t ? genkern::MaybeView(view(*t)) : std::nullopt; }
-
-std::vector<View> view(const Tensors& ts) {
-  std::vector<View> views;
-  views.reserve(ts.size());
-  for (const Tensor& t : ts) views.push_back(view(t));
-  return views;
-}
-
-int32_t shim_code(ScalarType type) {
-  switch (type) {
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Double: return aoti_torch_dtype_float64();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-// Allocates past the dispatcher, which takes as long as the rest of a small call.
-Tensor empty_strided(const Tensor& on, int32_t ndim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
-  int32_t device_type = 0;
-  AtenTensorHandle found = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(ndim, sizes, strides, shim_code(dtype), device_type, on.get_device_index(), &found));
-  return Tensor(found);
-}
-
-// Allocates like t, in another dtype: a dense tensor's strides are kept.
-Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  const View like = view(t);
-  if (like.contiguous()) return empty_strided(t, like.ndim, like.sizes, like.strides, dtype);
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(t),
-                                    from(std::optional<ScalarType>(dtype)),
-                                    from(std::nullopt),
-                                    from(std::nullopt),
-                                    from(std::nullopt),
-                                    from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 void run_map(const Call& call, const Tensor& like) {
   const auto [on_cuda, device] = genkern::place(like);
@@ -171,6 +86,43 @@ std::tuple<Tensor, Tensor> reduce(MaybeTensor x, MaybeTensor m, MaybeTensor m_un
             noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          view(mask),
             {}};
   return run_reduce(call, kind, m, like_of(x, m, z));
+}
+
+Tensor stat(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row, MaybeTensor table,
+            MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula, int64_t noise, Ints key,
+            MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, int64_t outs, int64_t kind, double atol,
+            double rtol) {
+  const Call call{view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
+                  view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
+                  noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          {},
+                  {}};
+  const Tensor* like = like_of(x, m, z);
+  expect(like != nullptr, "x: expected x, m or z");
+  genkern::StatArgs args = genkern::make_stat_args(call, outs, kind, atol, rtol);
+  const int64_t sizes[2] = {args.map.sizes[0], genkern::sums_of(args.kind, args.map.n_out)}, strides[2] = {sizes[1], 1};
+  Tensor sums = empty_strided(*like, 2, sizes, strides, ScalarType::Double);
+  args.sums = static_cast<double*>(sums.data_ptr());
+  const auto [on_cuda, device] = genkern::place(*like);
+  genkern::launch_stat(args, on_cuda, device);
+  return sums;
+}
+
+Tensor stat_quantile(MaybeTensor x, MaybeTensor m, MaybeTensor m_uncond, Tensors h, MaybeTensor z, Floats row,
+                     MaybeTensor table, MaybeTensor index, Tensors values, Ints cells, Floats scales, int64_t formula,
+                     int64_t noise, Ints key, MaybeTensor device_key, MaybeTensor sample_ids, bool use_pred, double q) {
+  const Call call{view(x),     view(m),        view(m_uncond),   view(h),          view(z),           std::move(row),
+                  view(table), view(index),    view(values),     std::move(cells), std::move(scales), formula,
+                  noise,       std::move(key), view(device_key), view(sample_ids), use_pred,          {},
+                  {}};
+  const Tensor* like = like_of(x, m, z);
+  expect(like != nullptr, "x: expected x, m or z");
+  genkern::QuantileArgs args = genkern::make_quantile_args(call, q);
+  const int64_t sizes[1] = {args.map.sizes[0]}, strides[1] = {1};
+  Tensor out = empty_strided(*like, 1, sizes, strides, args.map.f64 ? ScalarType::Double : ScalarType::Float);
+  args.out = out.data_ptr();
+  const auto [on_cuda, device] = genkern::place(*like);
+  genkern::launch_quantile(args, on_cuda, device);
+  return out;
 }
 
 // The forms below take a call's numbers as one text (the bytes of numbers.h in hexadecimal digits) and h one by one: a
@@ -252,6 +204,8 @@ STABLE_TORCH_LIBRARY(genkern, library) {
   library.def(("map(" + inputs + ", int[] out_dtypes, int[]? size=None, Device? device=None) -> Tensor[]").c_str());
   library.def(("map_out(" + inputs + ", Tensor(a!)[] out) -> ()").c_str());
   library.def(("reduce(" + inputs + ", Tensor? mask, int kind) -> (Tensor, Tensor)").c_str());
+  library.def(("stat(" + inputs + ", int outs, int kind, float atol, float rtol) -> Tensor").c_str());
+  library.def(("stat_quantile(" + inputs + ", float q) -> Tensor").c_str());
   const std::string arrays = kArraysSchema;
   library.def(
       ("map_numbers(str numbers, Tensor(a!) out, " + arrays + ", Tensor(b!)? out1=None, Tensor(c!)? out2=None) -> ()")
@@ -266,6 +220,8 @@ STABLE_TORCH_LIBRARY_IMPL(genkern, CompositeExplicitAutograd, library) {
   library.impl("map", TORCH_BOX(&map));
   library.impl("map_out", TORCH_BOX(&map_out));
   library.impl("reduce", TORCH_BOX(&reduce));
+  library.impl("stat", TORCH_BOX(&stat));
+  library.impl("stat_quantile", TORCH_BOX(&stat_quantile));
   library.impl("map_numbers", TORCH_BOX(&map_numbers));
   library.impl("reduce_numbers", TORCH_BOX(&reduce_numbers));
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));

@@ -1,8 +1,9 @@
 """Whole sampling loops over small networks, and a training step around the network, as cases.
 
 Every contender calls the same eager network on the same times; torch.compile is given the update. The row "network
-alone" is the same calls of the network with nothing around them: what a loop cannot be faster than; and so is one CUDA
-graph of these calls for a loop of captured graphs. The larger networks compute in bfloat16, around a float32 state.
+alone" is the same calls of the network, at the states that the loop visits, with nothing around them: what a loop
+cannot be faster than; and so is one CUDA graph of these calls for a loop of captured graphs. The larger networks
+compute in bfloat16, around a float32 state.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _flow(world: World, network: Any, shape: tuple[int, ...], name: str, steps: 
     def cast(network: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return network if dtype == torch.float32 else lambda x, t: network(x.to(dtype), t).float()
 
-    network, seen = cast(inner), x0.to(dtype)
+    network = cast(inner)
+    visited = _visited(flow, inner, x0=x0, steps=steps, sampler="euler").to(dtype)
 
     def loop(update: Callable[[Tensor, Tensor], Tensor]) -> Run:
         def run() -> Tensor:
@@ -95,7 +97,7 @@ def _flow(world: World, network: Any, shape: tuple[int, ...], name: str, steps: 
         TEXTBOOK: textbook,
         CAREFUL: loop(lambda x, v: Careful.euler_step(x, v, dt, x)),
         COMPILED: None if compiled is None else loop(compiled),
-        FLOOR: lambda: [inner(seen, t) for t in times][-1],
+        FLOOR: lambda: [inner(x, t) for x, t in zip(visited, times, strict=False)][-1],
     })  # fmt: skip
     case.dtype = case.dtype if dtype == torch.float32 else "mixed"
     negated = copy.deepcopy(inner)
@@ -171,6 +173,7 @@ def heun_mlp(world: World) -> Case:
     def correct(x: Tensor, v: Tensor, v_next: Tensor) -> Tensor:
         return x.copy_(Textbook.heun_step(x, v, v_next, dt))
 
+    points = _visited(flow, network, x0=x0, steps=STEPS, sampler="heun")
     compiled = world.compiled(predict), world.compiled(correct)
     case = world.case(f"flow, Heun, MLP {BATCH}x{WIDTH}", "loop", [], {
         GENKERN: functools.partial(flow.sample, network, x0=x0, steps=STEPS, sampler="heun"),
@@ -180,7 +183,7 @@ def heun_mlp(world: World) -> Case:
             lambda x, v, v_next: Careful.heun_step(x, v, v_next, dt, x),
         ),
         COMPILED: None if compiled[0] is None else loop(*compiled),
-        FLOOR: lambda: [network(x0, t) for k in range(STEPS) for t in (times[k], times[k + 1])][-1],
+        FLOOR: lambda: [network(points[k + i], times[k + i]) for k in range(STEPS) for i in (0, 1)][-1],
     })  # fmt: skip
     peers.add(case, "torchdiffeq", peers.torchdiffeq_loop, network, x0, STEPS, "heun2")
     peers.add(case, "flow_matching", peers.flow_matching_loop, network, x0, STEPS, "heun2")
@@ -218,6 +221,7 @@ def ddim_mlp(world: World) -> Case:
 
         return run
 
+    states = _visited(diffusion, network, noise=x0, steps=STEPS, sampler="ddim", spacing="trailing")
     compiled = world.compiled(compiled_step)
     case = world.case(f"DDIM, MLP {BATCH}x{WIDTH}", "loop", [], {
         GENKERN: functools.partial(
@@ -226,7 +230,7 @@ def ddim_mlp(world: World) -> Case:
         TEXTBOOK: textbook,
         CAREFUL: loop(lambda x, m, row: Careful.ddim_step(x, m, row, x), paths),
         COMPILED: None if compiled is None else loop(lambda x, m, row: compiled(x, m, *row), table),
-        FLOOR: lambda: [network(x0, t) for t in times][-1],
+        FLOOR: lambda: [network(x, t) for x, t in zip(states, times, strict=False)][-1],
     })  # fmt: skip
     peers.add(case, "diffusers", peers.diffusers_ddim_loop, network, x0)
     return _loop(case, STEPS, world)
@@ -271,6 +275,12 @@ def flow_training(world: World) -> Case:
     for name, make in (("flow_matching", peers.flow_matching_path), ("torchcfm", peers.torchcfm_path)):
         peers.add(case, name, lambda make=make: step(make(x, t.to(x.dtype), normals), mse))
     return case
+
+
+def _visited(method: Any, network: Any, **options: Any) -> Tensor:
+    """The states of a loop, [steps + 1, B, ...]: of a network whose numbers are large, some operations take longer."""
+    _, states = method.sample(network, return_trajectory=True, **options)
+    return states
 
 
 def _loop(case: Case, steps: int, world: World) -> Case:

@@ -197,9 +197,10 @@ def path_loss(world: World, backward: bool = False) -> Case:
     def fused(m: Tensor, x: Tensor) -> Tensor:
         return gk.ops.path_loss(m, x, x_coef=1.0, noise_coef=-1.0, noise=world.noise)
 
-    # The residual, or the gradient in its place, is written.
+    # Where a gradient is asked for, it is written.
+    moved = [x, m, target] if backward else [x, m]
     compiled = world.compiled(Textbook.flow_loss)
-    case = world.case("path_loss, forward and backward" if backward else "path_loss", "op", [x, m, target], {
+    case = world.case("path_loss, forward and backward" if backward else "path_loss", "op", moved, {
         GENKERN: with_gradient(fused),
         TEXTBOOK: with_gradient(Textbook.flow_loss, z),
         CAREFUL: with_gradient(Careful.flow_loss, z, target),

@@ -65,6 +65,11 @@ class LogitNormal(Times):
 class UShaped(Times):
     """t = 1/2 + asinh((2u - 1) sinh(a/2)) / a: most often near both ends, where a 2-rectified flow is hard to fit.
 
+    Near 0 that difference has no digits left, so it is taken as asinh of a quotient: for u <= 1/2, with
+    q = (1 - 2u) sinh(a/2),
+
+        t = asinh(4 u (1 - u) sinh(a/2) / (sqrt(1 + q^2) + q coth(a/2))) / a;    beyond, 1 less that of 1 - u.
+
     Args:
         a: in (0, 700]; the density at the ends is cosh(a/2) times that in the middle. Beyond, the square of sinh(a/2)
             is none of float64.
@@ -76,7 +81,12 @@ class UShaped(Times):
         self.a = check.number("a", _positive("a", a), 0.0, 700.0)
 
     def __call__(self, u: Tensor) -> Tensor:
-        return (0.5 + torch.asinh((2.0 * u.double() - 1.0) * math.sinh(0.5 * self.a)) / self.a).to(u.dtype)
+        half, upper = 0.5 * self.a, u > 0.5
+        v = torch.where(upper, 1.0 - u.double(), u.double())
+        q = (1.0 - 2.0 * v) * math.sinh(half)
+        quotient = 4.0 * v * (1.0 - v) * math.sinh(half) / (torch.sqrt(1.0 + q * q) + q / math.tanh(half))
+        t = torch.asinh(quotient) / self.a
+        return torch.where(upper, 1.0 - t, t).to(u.dtype)
 
     def density(self, t: Tensor) -> Tensor:
         half = 0.5 * self.a

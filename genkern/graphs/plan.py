@@ -124,7 +124,9 @@ class Plan:
         for i, kind in enumerate(kinds):
             if kind not in self._steps:
                 alike = [update if other == kind else None for update, other in zip(self._passes, kinds, strict=True)]
-                cells = _table([None if u is None else u.cells for u in alike], arithmetic, task.device)
+                # What is multiplied by numbers of the data is rounded after it, as coefficients by sample are.
+                dtype = torch.float64 if self._passes[i].by_sample else arithmetic
+                cells = _table([None if u is None else u.cells for u in alike], dtype, task.device)
                 table = cells.repeat_interleave(n_rows, dim=0)
                 copied = [None if u is None else u.copy_cells for u in alike]
                 copies = None
@@ -228,8 +230,8 @@ class Plan:
     def _stage(self, model: Any, i: int, update: Update, moment: Moment) -> None:
         x, seen = self._buffers.at(i - 1)
         before = x if i == 0 else self._buffers.at(i)[0]  # the state before last, where the new one is written
-        m, m_uncond = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
-        x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None)
+        m, m_uncond, rescale = self._outputs(model, i, moment.stage, x, seen, moment.times, self._cond, self._guidance)
+        x, seen = update(x, m, m_uncond, before, self._z if self._takes_z[i] else None, rescale)
         if self._blend is not None and self._inpaint is not None:
             self._blend(i, moment.stage, x, seen, self._inpaint, self._noise, moment.key)
 

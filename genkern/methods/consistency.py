@@ -251,7 +251,7 @@ class Consistency(ConsistencyTraining):
             shape: [B, ...] of the result.
             steps: network calls, >= 1; default 1. The times are (13.30)'s upper ones of steps + 1.
             times: instead of steps: strictly decreasing times in (epsilon, T], at least one.
-            clip: None, (lo, hi), or c for (-c, c): the clamp of f.
+            clip: None, (lo, hi), or c for (-c, c): the clamp of f; or a DynamicThreshold.
             options: samplers.Options. The initial state is times[0] times noise; a given tensor is the state itself.
 
         Returns:

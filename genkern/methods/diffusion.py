@@ -227,7 +227,7 @@ class Diffusion(Variational):
             sigmas: instead of steps: strictly decreasing noise levels sigma / alpha of the schedule, > 0.
             round_times: where a noise level falls between two timesteps, tell the network the nearest, int64; else the
                 time itself, float32.
-            clip: None, (lo, hi), or c for (-c, c): the clamp of the predicted data.
+            clip: None, (lo, hi), or c for (-c, c): the clamp of the predicted data; or a DynamicThreshold.
             final_sigma: of "ddim" and "ddpm": sigma_1 of the case t = 1 of (13.10), noise added to the result.
             options: samplers.Options.
 
@@ -291,7 +291,7 @@ class Diffusion(Variational):
             (x_s, log p(x_s | x_t)).  [B, ...] and [B].
 
         Raises:
-            ValueError, TypeError: as steps.ddim; the prediction "score".
+            ValueError, TypeError: as steps.ddim.
         """
         scales = [scale(time) for time in (t, s) for scale in (self.path.alpha, self.path.sigma)]
         return steps.ddim(x_t, model_output, *scales, eta=eta, x_s=x_s, prediction=self.prediction, **options)

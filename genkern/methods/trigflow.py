@@ -186,7 +186,7 @@ class TrigFlow:
             shape: [B, ...] of the result.
             steps: 1 (the default) or 2 network calls, at `stop` and 1.1.
             times: instead of steps: strictly decreasing times in (0, pi/2], at least one.
-            clip: None, (lo, hi), or c for (-c, c): the clamp of f.
+            clip: None, (lo, hi), or c for (-c, c): the clamp of f; or a DynamicThreshold.
             options: samplers.Options. The initial state is sd times noise; a given tensor is the state itself.
 
         Returns:

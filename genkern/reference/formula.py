@@ -188,7 +188,7 @@ def map(  # noqa: A001
     device: torch.device | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """torch.ops.genkern.map in plain PyTorch; same arguments."""
-    outs = _outputs(
+    outs = outputs(
         x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key, sample_ids,
         use_pred, len(out_dtypes), size, device, DTYPES[out_dtypes[0]],
     )  # fmt: skip
@@ -205,7 +205,7 @@ def reduce(
     if mask is not None:  # what lies under the mask may be NaN, and is to leave no derivative either
         x, m, m_uncond, z = (t if t is None else torch.where(mask != 0, t, 0.0) for t in (x, m, m_uncond, z))
         h = [torch.where(mask != 0, t, 0.0) for t in h]
-    (r,) = _outputs(
+    (r,) = outputs(
         x, m, m_uncond, h, z, row, table, index, values, cells, scales, formula, noise, key, device_key, sample_ids,
         use_pred, 1, None, None, torch.float32,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def reduce(
     return residual.to(like.dtype), torch.cat([by_sample(rho)[:, None], count], dim=1)
 
 
-def _outputs(
+def outputs(
     x: Any, m: Any, m_uncond: Any, h: Any, z: Any, row: Any, table: Any, index: Any, values: Any, cells: Any,
     scales: Any, formula: int, noise: int, key: Any, device_key: Any, sample_ids: Any, use_pred: bool, n_out: int,
     size: Any, device: Any, dtype: torch.dtype,

@@ -1,5 +1,6 @@
 """Samplers: one loop, and a table of rows for each."""
 
+from ..threshold import DynamicThreshold
 from .ab2 import AB2
 from .along import Along
 from .ancestral import EulerAncestral
@@ -38,6 +39,7 @@ __all__ = [
     "DPMSolver",
     "DPMSolverSDE",
     "Dopri5",
+    "DynamicThreshold",
     "EDMHeun",
     "Euler",
     "EulerAncestral",

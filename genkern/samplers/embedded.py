@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..fused import apply_row, reduce_row
+from ..fused import apply_row
 from ..rows import Out, Row, times
+from ..stat import stat_row
 from . import network
 
 if TYPE_CHECKING:
@@ -173,33 +174,28 @@ class Integration:
     def _called(self, velocity: Velocity, seen: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
         t = (self.sign * s).to(self._time_dtype)
         n = seen.shape[0]
-        return velocity(seen, t.expand(n).contiguous() if t.shape[0] == 1 else torch.cat([t] * (n // t.shape[0])))
+        t = t.expand(n).contiguous() if t.shape[0] == 1 else torch.cat([t] * (n // t.shape[0]))
+        m, m_uncond = velocity(seen, t)
+        return m.detach(), None if m_uncond is None else m_uncond.detach()
 
     def _rounded(self, power: Tensor) -> Tensor:
         """A power as the steps take it. torch's pow has other last bits in another batch (a vector's, or its tail's): a
         sample's own steps take 8 bits of it, which differ with a chance of 2^-44."""
         return power if self.pair.control == "batch" else power.to(torch.bfloat16).to(F64)
 
-    def _norm(self, out: Out, x_next: Tensor, **terms: Any) -> Tensor:
-        """The root of the mean over a sample, or over all, of (out / (atol + rtol max(|x|, |x_next|)))^2. [columns]."""
-        by_sample = self.pair.control == "sample"
-        sums = error_sums(out, self.x, x_next, self.pair.rtol, self.pair.atol, by_sample, **terms)
+    def _norm(self, out: Out, x_next: Tensor, m: Tensor | None = None, h: Sequence[Tensor] = ()) -> Tensor:
+        """The root of the mean over a sample, or over all, of (e / (atol + rtol max(|x|, |x_next|)))^2, e the row `out`
+        of x, m and h.  [columns], float64."""
+        outs = (Out(x=out.x, m=out.m, h=(0.0, *out.h)), Out(x=1.0), Out(h=(1.0,)))
+        terms, whole = [self.x, m, x_next, *h], self.pair.control == "batch"
+        if whole and all(t is None or t.is_contiguous() for t in terms):  # as one long sample: fewer sums
+            terms = [t if t is None else t.reshape(1, -1) for t in terms]
+        x, m, *given = terms
+        sums: Tensor = stat_row(
+            Row(outs), x=x, m=m, h=tuple(given), kind="error", rtol=self.pair.rtol, atol=self.pair.atol
+        )[:, 0]
+        sums = sums.sum(0, keepdim=True) if whole else sums
         return (sums / (self.x.numel() // self._columns)).sqrt()
-
-
-def error_sums(
-    out: Out, x: Tensor, x_next: Tensor, rtol: float, atol: float, by_sample: bool, *, m: Tensor | None = None,
-    h: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
-    """The sum over each sample, or over all, of (e / (atol + rtol max(|x|, |x_next|)))^2, e the row `out` of x, m, h.
-
-    A sample's is summed in the order of reduce, the same in any batch.  [B] or [1], float64.
-    """
-    (e,) = apply_row(Row((out,)), x=x, m=m, h=tuple(h), dtypes=(x.dtype,))
-    e /= torch.maximum(x.abs(), x_next.abs()).mul_(rtol).add_(atol)
-    if not by_sample:
-        return torch.linalg.vector_norm(e).to(F64).square().reshape(1)
-    return reduce_row(Row((Out(x=1.0),)), x=e, scratch=True)[1][:, 0].to(F64)
 
 
 def _terms(weights: Sequence[Any]) -> dict[str, Any]:

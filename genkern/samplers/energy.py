@@ -120,7 +120,7 @@ class Steered(guidance.Outputs):
 
     def __call__(
         self, model: Any, i: int, stage: Any, x: Tensor, seen: Tensor, t: Tensor, cond: Conditions, scales: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         guide, read = self._guide, self._data[i]
         if read is None:
             return super().__call__(model, i, stage, x, seen, t, cond, scales)
@@ -129,10 +129,10 @@ class Steered(guidance.Outputs):
             with torch.enable_grad():
                 own = (state * self._task.stages[i].input_scale).to(self._task.model_dtype)
                 own = torch.cat([own] * self._task.halves) if self._task.halves > 1 else own
-                m, _ = super().__call__(model, i, stage, state, own, t, cond, scales)
+                m, _, _ = super().__call__(model, i, stage, state, own, t, cond, scales)
                 (y,) = apply_row(Row((Out(x=read.x, m=read.m),)), x=state, m=m)
         else:
-            m, _ = super().__call__(model, i, stage, x, seen, t, cond, scales)
+            m, _, _ = super().__call__(model, i, stage, x, seen, t, cond, scales)
             (y,) = apply_row(Row((Out(x=read.x, m=read.m),)), x=x, m=m)
         with torch.enable_grad():
             energy = guide.energy(state, t[: self._n], y, **guide.cond)
@@ -141,7 +141,7 @@ class Steered(guidance.Outputs):
         if g is None:
             raise ValueError("guide: expected an energy that depends on x (or on y with guide_through), got another")
         row = Row((Out(x=times(-self._factors[i], guide.scale), m=1.0),))
-        return apply_row(row, x=g, m=m.detach())[0], None
+        return apply_row(row, x=g, m=m.detach())[0], None, None
 
 
 def _check_energy(energy: Any, n: int) -> None:

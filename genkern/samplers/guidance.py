@@ -8,8 +8,9 @@
         r = b (m_c - m_u) + beta r_before, s = min(1, norm / |r|), k = <r, y_c> / |y_c|^2
 
 where y = a x + b m is the predicted data, so that r is the difference of the predictions, and s r - s k y_c what of it
-is perpendicular to the conditional one. The first form is part of the step's own pass. The others make m in passes
-before it, with sums over each sample in float64.
+is perpendicular to the conditional one. The first form is part of the step's own pass; so is the rescaled one, after
+a pass for the sums over each sample (stat.py). Several conditions are one pass more for every four of them; APG is two
+more, the sums and m'.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from .. import check
 from ..fused import apply_row
+from ..reference import stat as reference
 from ..rows import Out, Row, times
+from ..stat import product, stat_row
 from . import network
 
 if TYPE_CHECKING:
@@ -150,7 +153,7 @@ def checked(
     rescale = check.number("guidance_rescale", rescale, 0.0, 1.0)
     if apg is not None:
         _check_apg(apg, rescale, stages, along)
-    explicit = explicit or several or rescale != 0.0 or apg is not None
+    explicit = explicit or several or apg is not None
     guided = Guided(_within(interval, stages), len(given), rescale, apg, explicit)
     return [null, *given], _matrix(scales, like.device) if explicit else scales[0], guided
 
@@ -206,6 +209,7 @@ class Outputs:
 
     def __init__(self, task: Run, n: int, like: Tensor) -> None:
         self._guided, self._n, self._dtype = task.guided, n, task.dtype
+        self._differentiable = task.differentiable
         self._read: Tensor | None = None
         self._sum: Tensor | None = None
         apg = None if task.guided is None else task.guided.apg
@@ -213,7 +217,6 @@ class Outputs:
             assert task.along is not None
             read = [task.along.data(stage.called_at) for stage in task.stages]
             self._read = torch.tensor(read, dtype=torch.float64, device=task.device)
-            self._in_place = not task.differentiable
             self._sum = torch.zeros_like(like) if apg.momentum else None
 
     def tensors(self) -> list[Tensor]:
@@ -223,12 +226,13 @@ class Outputs:
     def begin(self) -> None:
         """Before the first stage."""
         if self._sum is not None:
-            self._sum = self._sum.zero_() if self._in_place else torch.zeros_like(self._sum)
+            self._sum = torch.zeros_like(self._sum) if self._differentiable else self._sum.zero_()
 
     def __call__(
         self, model: Any, i: int, stage: Any, x: Tensor, seen: Tensor, t: Tensor, cond: Conditions, scales: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """A network call: m, of at most the state's precision, and m_u where the step's pass guides.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A network call: m, of at most the state's precision; m_u where the step's pass guides; and a factor of the
+        guided m, float64 [n], where that is rescaled.
 
         Args:
             model: the network.
@@ -240,21 +244,23 @@ class Outputs:
         """
         guided, n = self._guided, self._n
         if guided is None:
-            return network.at_most(network.call(model, seen, t, cond), self._dtype), None
+            return network.at_most(network.call(model, seen, t, cond), self._dtype), None, None
         if not guided.on[i]:
             single = network.of_samples(cond, n, 2 * n)
-            return network.at_most(network.call(model, seen[n:], t[:n], single), self._dtype), None
+            return network.at_most(network.call(model, seen[n:], t[:n], single), self._dtype), None, None
         if guided.count > 1:
             seen = torch.cat([seen] * (guided.count + 1))
         m_u, *m_k = network.at_most(network.call(model, seen, t, cond), self._dtype).chunk(guided.count + 1)
-        if guided.fused:
-            return m_k[0], m_u
         if guided.apg is not None:
-            return self._projected(guided.apg, stage, x, m_k[0], m_u, scales[0]), None
+            return self._projected(guided.apg, stage, x, m_k[0], m_u, scales[0]), None, None
         if guided.count > 1:
-            return self._composed(m_k, m_u, scales), None
-        (m,) = apply_row(Row((Out(m=1.0),), guidance=scales[0]), m=m_k[0], m_uncond=m_u, dtypes=(self._dtype,))
-        return self._rescaled(m, m_k[0], guided.rescale) if guided.rescale else m, None
+            return self._composed(m_k, m_u, scales), None, None
+        w = scales if guided.fused else scales[0]
+        factor = self._rescaling(m_k[0], m_u, w, guided.rescale) if guided.rescale else None
+        if guided.fused:
+            return m_k[0], m_u, factor
+        row = Row((Out(m=1.0 if factor is None else factor),), guidance=w)
+        return apply_row(row, m=m_k[0], m_uncond=m_u, dtypes=(self._dtype,))[0], None, None
 
     def _composed(self, m_k: Sequence[Tensor], m_u: Tensor, scales: Tensor) -> Tensor:
         """m_u + sum_k w_k (m_k - m_u), four conditions a pass."""
@@ -266,38 +272,49 @@ class Outputs:
             (m,) = apply_row(row, x=m, m=first, h=others, dtypes=(self._dtype,))
         return m
 
-    def _rescaled(self, m: Tensor, m_c: Tensor, phi: float) -> Tensor:
-        std, wanted = _std(m), _std(m_c)
-        factor = phi * torch.where(std > 0.0, wanted / std, torch.ones_like(std)) + (1.0 - phi)
-        return apply_row(Row((Out(x=factor),)), x=m)[0]
+    def _rescaling(self, m_c: Tensor, m_u: Tensor, w: Any, phi: float) -> Tensor:
+        """phi std(m_c) / std(m) + 1 - phi; 1 where m is constant over a sample, but for rounding.  float64 [n]."""
+        row = Row((Out(m=1.0), Out(h=(1.0,))), guidance=w)
+        sums = self._moments(row, m=m_c, m_uncond=m_u, h=(m_c,))
+        # n times the variances; of the moments the squares are every second from there on.
+        squares, size = sums[:, product(2, 0, 0) :: 2], max(math.prod(m_c.shape[1:]), 1)
+        spread, wanted = (squares - sums[:, :2].square() / size).clamp(min=0.0).unbind(1)
+        varies = spread > 1e-14 * squares[:, 0]
+        ratio = torch.where(varies, wanted / torch.where(varies, spread, 1.0), 1.0)
+        return phi * ratio.sqrt() + (1.0 - phi)
 
     def _projected(self, apg: APG, stage: Tensor, x: Tensor, m_c: Tensor, m_u: Tensor, w: Tensor) -> Tensor:
+        """m' = m_c + c r - (1 - eta) c k y_c,  c = (w - 1) s / b, from the sums of r^2, r y_c and y_c^2."""
         assert self._read is not None
         a, b = self._read.index_select(0, stage).unbind(1)
-        minus_b = times(-1.0, b)
-        if self._sum is None:
-            (r,) = apply_row(Row((Out(m=b, h=(minus_b,)),)), m=m_c, h=(m_u,), dtypes=(self._dtype,))
-        else:
-            (r,) = apply_row(Row((Out(x=apg.momentum, m=b, h=(minus_b,)),)), x=self._sum, m=m_c, h=(m_u,))
-            self._sum = self._sum.copy_(r.detach()) if self._in_place else r
-        (y,) = apply_row(Row((Out(x=a, m=b),)), x=x, m=m_c)
-        step = (w - 1.0) / b
+        minus_b, before = times(-1.0, b), () if self._sum is None else (self._sum,)
+        momentum = (apg.momentum,) if before else ()
+        rows = Row((Out(m=b, h=(minus_b, *momentum)), Out(x=a, m=b)))
+        sums = self._moments(rows, x=x, m=m_c, h=(m_u, *before))
+        r_r, r_y, y_y = sums[:, 2:].unbind(1)
+        c = (w - 1.0) / b
         if apg.norm != math.inf:
-            step = step * (apg.norm / _sum(r * r).sqrt()).clamp(max=1.0)
-        size = _sum(y * y)
-        along = torch.where(size > 0.0, _sum(r * y) / size, torch.zeros_like(size))
-        row = Row((Out(x=step, m=1.0, h=((apg.eta - 1.0) * step * along,)),))
-        return apply_row(row, x=r, m=m_c, h=(y,))[0]
+            c = c * (apg.norm / r_r.sqrt()).clamp(max=1.0)
+        along = (apg.eta - 1.0) * c * torch.where(y_y > 0.0, r_y / y_y, 0.0)
+        # m_u + (1 + c b) (m_c - m_u) is m_c + c b (m_c - m_u) without the difference of two large numbers.
+        outs = [Out(x=along * a, m=1.0, h=(along * b, *[beta * c for beta in momentum]))]
+        h: tuple[Tensor, ...] = (m_c, *before)
+        guided = 1.0 + c * b
+        if before:
+            outs.append(Out(h=(b, apg.momentum, minus_b)))
+            h = (*h, m_u)
+        row = Row(tuple(outs), guidance=guided)
+        terms: dict[str, Any] = {"x": x, "m": m_c, "m_uncond": m_u, "h": h}
+        if not before or torch.is_grad_enabled():
+            m, *r = apply_row(row, dtypes=(self._dtype,) * len(outs), **terms)
+            if before:
+                self._sum = r[0] if self._differentiable else r[0].detach()
+            return m
+        (r_before,) = before
+        return apply_row(row, out=(torch.empty_like(r_before), r_before), **terms)[0]
 
-
-def _sum(t: Tensor) -> Tensor:
-    """Over each sample, float64 [B]."""
-    return t.flatten(1).sum(1, dtype=torch.float64) if t.ndim > 1 else t.to(torch.float64)
-
-
-def _std(m: Tensor) -> Tensor:
-    """Over each sample, up to a factor that all samples share, float64 [B]."""
-    wide = m.to(torch.promote_types(m.dtype, torch.float32))
-    size = max(math.prod(m.shape[1:]), 1)
-    off = wide - (_sum(wide) / size).to(wide.dtype).reshape(-1, *[1] * (m.ndim - 1))
-    return _sum(off * off).sqrt()
+    def _moments(self, row: Row, **terms: Any) -> Tensor:
+        """stat_row, or, where a gradient is kept (of the loop, or of an energy), the same in plain torch."""
+        if not torch.is_grad_enabled():
+            return stat_row(row, **terms)
+        return reference.moments(apply_row(row, dtypes=(self._dtype,) * len(row.outs), **terms))

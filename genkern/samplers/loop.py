@@ -25,6 +25,7 @@ from .. import check
 from ..brownian import BrownianNoise
 from ..noise import Noise, Purpose
 from ..rows import Out, Row
+from ..threshold import DynamicThreshold
 from . import editing, energy, guidance, network
 from .callback import STOP, Callback, bar, observe
 from .editing import Blend, EditingOptions, Inpaint
@@ -97,7 +98,7 @@ class Run:
     start_scale: float  # of the start
     scale: float  # of the initial noise; 0 where the start is the initial state
     time_dtype: torch.dtype
-    clip: tuple[float, float] | None
+    clip: tuple[float, float] | DynamicThreshold | None
     noise: Noise
     step_noise: Tensor | Callable[[int], Tensor] | None
     cond: Sequence[Mapping[str, Any]]  # under guidance the unconditional ones first
@@ -220,7 +221,7 @@ def prepared(
             term alone.
         time_dtype: of t; default float32, float64 where the network's input is float64.
         along: what the network predicts and on which path; apg, mask and guide need it.
-        clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data.
+        clip: None, or (lo, hi), or c for (-c, c): the clamp of the predicted data; or a DynamicThreshold.
         others: as Options says.
 
     Returns:
@@ -259,9 +260,15 @@ def prepared(
     check_step_noise(step_noise, stages[-1].step + 1, size)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-    limits = check.clip_range(clip)
+    limits = clip if isinstance(clip, DynamicThreshold) else check.clip_range(clip)
     if limits is not None and all(stage.pred is None for stage in stages):
         raise ValueError(f"clip: expected None with a sampler that predicts no data, got {clip}")
+    both = any(stage.pred is not None and any(out.m != 0.0 for out in stage.outs) for stage in stages)
+    if differentiable and isinstance(limits, DynamicThreshold) and both:
+        raise ValueError(
+            "clip: expected no DynamicThreshold with differentiable=True and a sampler whose rows read the network's "
+            "output beside the predicted data"
+        )
     like = torch.empty(size[:1], device=where)
     given, scales, guided = guidance.checked(conditions, stages, along, like, guide is not None)
     steering = energy.checked(guide, guide_scale, guide_through, guide_cond, stages, along, like)
@@ -380,8 +387,8 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
     kept = [x.clone()] if task.return_trajectory else []
     before = x
     for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
-        m, m_uncond = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
-        before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage))
+        m, m_uncond, rescale = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
+        before, (x, seen) = x, update(x, m, m_uncond, before, given_noise(task, part, stage), rescale)
         if blend is not None and part.inpaint is not None:
             x, seen = blend(i, numbers[i], x, seen, part.inpaint, part.noise)
         changed = observe(task, stage, x, kept, tick) if task.watched else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,10 @@ from .. import check, functions
 from ..fused import apply_row, prepared
 from ..noise import Noise, Purpose
 from ..rows import MAX_OUTS, Coef, Out, Row, RowTable, pack
+from ..rows import times as scaled
 from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, M_UNCOND, TABLE, M, X, Z, numbers
+from ..threshold import DynamicThreshold
+from .by_sample import BySample
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -48,25 +52,43 @@ class Update:
         stage = task.stages[i]
         following = task.following(i)
         clip = task.clip if stage.pred is not None else None
+        threshold = clip if isinstance(clip, DynamicThreshold) else None
         outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
         split = len(outs) + len(kept) > MAX_OUTS
         self._copy: Row | RowTable | None = Row((Out(x=following),) * (len(outs) - 1)) if split else None
         fused = outs[:1] if split else outs
         guides = task.guided is not None and task.guided.fused and task.guided.on[i]
-        self._row = Row((*fused, *kept), pred=stage.pred, clip=clip, guidance=guidance if guides else None)
+        bounds = (-1.0, 1.0) if isinstance(clip, DynamicThreshold) else clip
+        self._row = Row((*fused, *kept), pred=stage.pred, clip=bounds, guidance=guidance if guides else None)
         self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
         self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
         self._keeps = tuple(slot for slot, _ in stage.keeps)
         drawn = task.step_noise is None and stage.out.z != 0.0
         self._noise = noise.at(Purpose.STEP, stage.step if live is None else 0) if drawn else None
         self._text: str | None = None
+        self._threshold, self._by_sample = threshold, None
         if buffers.reused:
             written, self._result = buffers.written(i, len(outs))
             self._copied = written[1:] if split else ()
             self._outs = (*written[: len(fused)], *(buffers.memory[slot] for slot in self._keeps))
             self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], self._n_h, self._dtypes)
+            rescales = guides and task.guided is not None and task.guided.rescale != 0.0
+            if rescales or threshold is not None:
+                tabulated = (None, None) if live is None else (live.table, live.rows)
+                self._by_sample = BySample(
+                    stage.pred,
+                    self._row.guidance,
+                    rescales,
+                    threshold,
+                    self._spec.row,
+                    len(self._row.outs),
+                    task.dtype,
+                    *tabulated,
+                )
             if live is not None:
                 self._bind(live)
+            elif self._by_sample is not None:
+                self._add_values(self._by_sample)
             if functions.direct(task.device):
                 self._text = numbers(self._spec)
 
@@ -77,8 +99,20 @@ class Update:
             self._spec = self._spec._replace(row=(), cells=(), scales=())
             self._tensors[FIRST_VALUE:] = []
             self._tensors[TABLE], self._tensors[INDEX] = live.table, live.rows
+        elif self._by_sample is not None:
+            self._add_values(self._by_sample)
         if live.copies is not None:
             self._copy = RowTable(live.copies, len(self._copied), live.stage)
+
+    def _add_values(self, by_sample: BySample) -> None:
+        self._spec = self._spec._replace(
+            cells=(*self._spec.cells, *by_sample.cells), scales=(*self._spec.scales, *by_sample.scales)
+        )
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether numbers of its row depend on the data."""
+        return self._by_sample is not None
 
     @property
     def kind(self) -> Hashable:
@@ -105,19 +139,27 @@ class Update:
         return None if self._copy is None else tuple(pack(self._copy).row)
 
     def __call__(
-        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The new state and the next network input."""
+        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, before: Tensor, z: Tensor | None,
+        rescale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The new state and the next network input. rescale: a factor of m in every sample, float64 [n], or None."""
         memory = self._buffers.memory
         h = tuple(memory[slot] for slot in self._reads) if self._reads else (before,) * self._n_h
         if not self._buffers.reused:
-            return self._anew(x=x, m=m, m_uncond=m_uncond, h=h, noise=self._noise if z is None else z)
+            row, m, m_uncond = self._differentiable(x, m, m_uncond, rescale)
+            return self._anew(row, x=x, m=m, m_uncond=m_uncond, h=h, noise=self._noise if z is None else z)
         for out in self._outs:
             check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z)))
         tensors = self._tensors.copy()
         tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
         if h:
             tensors[FIRST_H : FIRST_H + len(h)] = h
+        if self._by_sample is not None:
+            factors = self._by_sample.factors(x, m, m_uncond, rescale)
+            if tensors[TABLE] is None:
+                tensors += self._by_sample.values(factors)
+            else:
+                tensors[TABLE], tensors[INDEX] = self._by_sample.rows(factors), None
         if self._text is None:
             functions.map_rows_out(self._spec, self._outs, *tensors)
         else:
@@ -126,9 +168,26 @@ class Update:
             apply_row(self._copy, x=self._outs[0], out=self._copied, dtypes=[out.dtype for out in self._copied])
         return self._result
 
-    def _anew(self, **terms: Any) -> tuple[Tensor, Tensor]:
+    def _differentiable(
+        self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None
+    ) -> tuple[Row, Tensor, Tensor | None]:
+        """The row and its network outputs where a gradient is kept: thresholded data take the place of m."""
+        row = self._row
+        if rescale is not None:
+            outs = tuple(dataclasses.replace(out, m=scaled(out.m, rescale)) for out in row.outs)
+            pred = None if row.pred is None else (row.pred[0], scaled(row.pred[1], rescale))
+            row = dataclasses.replace(row, outs=outs, pred=pred)
+        if self._threshold is None:
+            return row, m, m_uncond
+        assert row.pred is not None
+        a, b = row.pred
+        of_data = Row((Out(x=a, m=b),), guidance=row.guidance)
+        (y,) = apply_row(of_data, x=x, m=m, m_uncond=m_uncond, dtypes=(self._dtypes[0],))
+        return Row(row.outs, pred=(0.0, 1.0)), self._threshold.applied(y), None
+
+    def _anew(self, row: Row, **terms: Any) -> tuple[Tensor, Tensor]:
         """The same into new tensors, where a gradient is kept."""
-        outs = apply_row(self._row, dtypes=self._dtypes, **terms)
+        outs = apply_row(row, dtypes=self._dtypes, **terms)
         first_kept = len(outs) - len(self._keeps)
         for slot, kept in zip(self._keeps, outs[first_kept:], strict=True):
             self._buffers.memory[slot] = kept

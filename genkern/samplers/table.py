@@ -47,6 +47,11 @@ class Stage:
     before: Out | None = None
 
     @property
+    def outs(self) -> tuple[Out, ...]:
+        """All that its pass writes of the state and into the memory."""
+        return (self.out, *[out for _, out in self.keeps])
+
+    @property
     def called_at(self) -> float:
         """The time of the network call."""
         return self.model_time if self.at is None else self.at
