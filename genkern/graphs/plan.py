@@ -44,12 +44,12 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
     return (
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
         task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
-        conditions.signature(part.cond), guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
+        conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided, task.inpaint is None, autocast,
         isinstance(task.model, network.Wrapped),
     )  # fmt: skip
 
 
-def guidance_kind(guidance: Any) -> Hashable:
+def _guidance_kind(guidance: Any) -> Hashable:
     return (guidance.shape, guidance.dtype) if isinstance(guidance, Tensor) else guidance is not None
 
 
