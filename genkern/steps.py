@@ -133,12 +133,51 @@ def flow(
     _check_std("g, dt", "expected > 0", s)
     half = g * g / (2.0 * (1.0 - t))
     c_x, c_v = 1.0 - dt * half, dt * (1.0 + half * t)
+    return _linear(x, v, c_x, c_v, s, x_s, noise, uncond, guidance, reduction)
+
+
+def linear(
+    x_t: Tensor, model_output: Tensor, c_x: Coef, c_m: Coef, std: Coef, *, x_s: Tensor | None = None,
+    noise: Noise | Tensor | None = None, uncond: Tensor | None = None, guidance_scale: Coef | None = None,
+    reduction: str = "sum",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A step by its coefficients, and its log-density:  mu = c_x x_t + c_m model_output,  s = std.
+
+    Args:
+        x_t: state at t.  [B, ...].
+        model_output: the network's output at t.  [B, ...], of x_t's dtype or a lower precision.
+        c_x, c_m: float, or [B].
+        std: > 0.  float, or [B].
+        x_s, noise, reduction: as of ddim().
+        uncond, guidance_scale: as of ops.euler_step.
+
+    Returns:
+        (x_s, log p): [B, ...] and [B], as of ddim().
+
+    Raises:
+        ValueError, TypeError: as of ddim().
+
+    Source: arXiv:2305.13301.
+    """
+    _check(x_t, model_output, x_s, noise, reduction)
+    c_x, c_m = check.coefficient("c_x", c_x, x_t), check.coefficient("c_m", c_m, x_t)
+    std = check.coefficient("std", std, x_t, 0.0)
+    guidance = ops._guidance(uncond, guidance_scale, x_t)
+    _check_std("std", "expected > 0", std)
+    return _linear(x_t, model_output, c_x, c_m, std, x_s, noise, uncond, guidance, reduction)
+
+
+def _linear(
+    x: Tensor, m: Tensor, c_x: Coef, c_m: Coef, std: Coef, x_s: Tensor | None, noise: Noise | Tensor | None,
+    uncond: Tensor | None, guidance: Coef | None, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x_s is None:
         with torch.no_grad():
-            row = Row((Out(x=c_x, m=c_v, z=s),), guidance=guidance)
-            x_s = apply_row(row, x=x, m=v, m_uncond=uncond, noise=noise, names=("x", "v", "uncond", "noise"))[0]
-    row = Row((Out(x=-c_x / s, m=-c_v / s, h=(1.0 / s,)),), guidance=guidance)
-    return x_s, _log_prob(row, x, v, uncond, x_s, s, reduction)
+            row = Row((Out(x=c_x, m=c_m, z=std),), guidance=guidance)
+            names = ("x_t", "model_output", "uncond", "noise")
+            x_s = apply_row(row, x=x, m=m, m_uncond=uncond, noise=noise, names=names)[0]
+    row = Row((Out(x=-c_x / std, m=-c_m / std, h=(1.0 / std,)),), guidance=guidance)
+    return x_s, _log_prob(row, x, m, uncond, x_s, std, reduction)
 
 
 def _log_prob(

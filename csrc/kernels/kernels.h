@@ -79,6 +79,14 @@ struct RowSource {
   Formula formula = Formula::none;
 
   bool by_sample() const { return table != nullptr || n_values > 0 || formula != Formula::none; }
+
+  // Whether samples may have different rows: not where one line of a table, or values of one element, serve all.
+  bool differs() const {
+    if (table != nullptr) return (index != nullptr ? index_stride : table_stride) != 0;
+    for (int32_t k = 0; k < n_values; ++k)
+      if (values[k].stride != 0) return true;
+    return false;
+  }
 };
 
 struct MapArgs {

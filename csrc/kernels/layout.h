@@ -40,7 +40,7 @@ inline bool given(const MapArgs& args, int k) {
 // keep_samples: a reduction needs them apart; otherwise they are merged where nothing depends on the sample.
 inline Walk make_walk(const MapArgs& args, bool keep_samples) {
   Walk walk;
-  const bool merge_batch = !keep_samples && args.noise.draw_kind == Draw::none && !args.rows.by_sample();
+  const bool merge_batch = !keep_samples && args.noise.draw_kind == Draw::none && !args.rows.differs();
   const int first = merge_batch ? 0 : 1;
   walk.flat = merge_batch;
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .plan import Plan, kind_of
 from .watch import Watch
 
 CAPTURES = 8
+T = TypeVar("T")
 
 
 class Loop:
@@ -101,7 +102,7 @@ class _Entry:
     def __init__(self, kind: Hashable, stages: Sequence[Stage]) -> None:
         self.kind, self.stages = kind, stages
         self.watch: Watch | None = None
-        self.plan: Plan | None = None
+        self.plan: Any = None
         self.refusal: str | None = None
         self.calls = 0
 
@@ -130,23 +131,44 @@ class Captures:
 
     def walk(self, task: loop.Run, part: loop.Part, tick: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
         """As samplers.loop.walk, captured where that can be."""
+        return self.run(
+            task, kind_of(task, part), task.stages, lambda capture: Plan(task, part, capture),
+            lambda plan: plan.run(task, part, tick), lambda: loop.walk(task, part, tick),
+        )  # fmt: skip
+
+    def run(
+        self, task: loop.Run, kind: Hashable, stages: Sequence[Stage], make: Callable[[Capture], Any],
+        use: Callable[[Any], T], uncaptured: Callable[[], T],
+    ) -> T:  # fmt: skip
+        """What the plan of a kind finds, made where there is none; else what is found uncaptured.
+
+        Args:
+            task: its model and device are those of the plan.
+            kind, stages: what must be equal for two calls to be served by one plan.
+            make: the plan, with captures of the device.
+            use, uncaptured: with it, and without. Raises: Uncapturable (use).
+        """
         if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("cuda_graph: expected False while the current stream is being captured")
         apart = _uncaptured(task)
         if apart is not None:
             self._report(apart, task.model)
-            return loop.walk(task, part, tick)
+            return uncaptured()
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
                 "cuda_graph: expected a Loop that is not running, got one that another thread or the callback's own "
                 "call runs; a Loop is not shared"
             )
         try:
-            entry = self._entry(task, part)
-            found = None
+            entry = self._entry(task.model, kind, stages)
+            found: list[T] = []
             if entry.refusal is None:
                 try:
-                    found = self._captured(entry, task, part, tick)
+                    if entry.plan is None:
+                        if task.device not in self._devices:
+                            self._devices[task.device] = capture_on(task.device)
+                        entry.plan = make(self._devices[task.device])
+                    found.append(use(entry.plan))
                 except Uncapturable as reason:
                     entry.plan, entry.refusal = None, str(reason)
             if entry.watch is None:
@@ -154,26 +176,16 @@ class Captures:
             self._report(entry.refusal, task.model)
         finally:
             self._running.release()
-        return loop.walk(task, part, tick) if found is None else found
+        return found[0] if found else uncaptured()
 
-    def _captured(
-        self, entry: _Entry, task: loop.Run, part: loop.Part, tick: Callable[[], object]
-    ) -> tuple[Tensor, list[Tensor]]:
-        if entry.plan is None:
-            if task.device not in self._devices:
-                self._devices[task.device] = capture_on(task.device)
-            entry.plan = Plan(task, part, self._devices[task.device])
-        return entry.plan.run(task, part, tick)
-
-    def _entry(self, task: loop.Run, part: loop.Part) -> _Entry:
+    def _entry(self, model: Any, kind: Hashable, stages: Sequence[Stage]) -> _Entry:
         """The entry that serves a call, made where there is none or the model has changed; it moves to the end."""
-        kind = kind_of(task, part)
-        entry = next((entry for entry in self._entries if entry.serves(kind, task.stages)), None)
+        entry = next((entry for entry in self._entries if entry.serves(kind, stages)), None)
         if entry is not None:
             self._entries.remove(entry)
-        if entry is None or entry.watch is None or not entry.watch.holds(network.inner(task.model)):
+        if entry is None or entry.watch is None or not entry.watch.holds(network.inner(model)):
             self._dropped(entry)
-            entry = _Entry(kind, task.stages)
+            entry = _Entry(kind, stages)
         self._entries.append(entry)
         if len(self._entries) > CAPTURES:
             self._dropped(self._entries.pop(0))

@@ -85,7 +85,7 @@ class Plan:
         self._ids = None
         if part.noise.sample_ids is not None:
             self._ids = torch.empty(part.n, dtype=torch.int64, device=task.device)
-        self._guidance = _static_guidance(part.guidance, task.device)
+        self._guidance = static_guidance(part.guidance, task.device)
         fused = self._guided is not None and self._guided.fused
         by_sample = fused and self._guidance is not None and self._guidance.numel() > 1
         n_rows = part.n if by_sample else 1
@@ -144,11 +144,11 @@ class Plan:
             Uncapturable: the network cannot be captured.
         """
         with self._capture.turn() as stream:
-            self._used_on(stream)
+            used_on(stream, self._streams, self._tensors)
             by_steps = task.watched or self._z is not None
             self._copy_in(part, by_steps)
             if self._missing(by_steps):
-                with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache(task.device.type):
+                with torch.inference_mode(False), torch.no_grad(), autocast_without_cache(task.device.type):
                     self._prepare(task, part, by_steps)
             kept: list[Tensor] = []
             if not by_steps and self._short:
@@ -247,10 +247,7 @@ class Plan:
                 own.copy_(given)
         if self._guidance is None:
             return
-        if isinstance(part.guidance, Tensor):
-            self._guidance.copy_(part.guidance)
-        else:
-            self._guidance.fill_(part.guidance)
+        fill_guidance(self._guidance, part.guidance)
         if (self._short and not by_steps) or self._guided is None or not self._guided.fused:
             return
         for step in self._steps.values():
@@ -259,15 +256,6 @@ class Plan:
             lines = step.tables[0].reshape(len(self._stages), -1, step.tables[0].shape[1])
             lines[:, :, W] = self._guidance
 
-    def _used_on(self, stream: Any) -> None:
-        """Tells the allocator of a stream that is not the one on which the tensors were made."""
-        if stream in self._streams:
-            return
-        if self._streams:
-            for tensor in self._tensors():
-                tensor.record_stream(stream)
-        self._streams.add(stream)
-
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
         given += [*self._outputs.tensors(), *(self._inpaint or ())]
@@ -275,14 +263,24 @@ class Plan:
         return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 
 
-def _autocast_without_cache(kind: str) -> contextlib.AbstractContextManager[Any]:
+def used_on(stream: Any, known: set[Any], tensors: Callable[[], Sequence[Tensor]]) -> None:
+    """Tells the allocator of a stream that is not the one on which the tensors were made."""
+    if stream in known:
+        return
+    if known:
+        for tensor in tensors():
+            tensor.record_stream(stream)
+    known.add(stream)
+
+
+def autocast_without_cache(kind: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast as it is, but for its cache of parameters, which would be freed while a graph reads from it."""
     if not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
-def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:
+def static_guidance(guidance: Any, device: torch.device) -> Tensor | None:
     """A tensor for the scale, which holds a number in float64, as the host does."""
     if guidance is None:
         return None
@@ -290,6 +288,14 @@ def _static_guidance(guidance: Any, device: torch.device) -> Tensor | None:
         wide = guidance.dtype if guidance.dtype.itemsize >= 4 else torch.float32
         return torch.empty(guidance.shape, dtype=wide, device=device)
     return torch.empty(1, dtype=torch.float64, device=device)
+
+
+def fill_guidance(own: Tensor, given: Any) -> None:
+    """A call's scale in its place."""
+    if isinstance(given, Tensor):
+        own.copy_(given)
+    else:
+        own.fill_(given)
 
 
 def _table(lines: Sequence[Sequence[float] | None], dtype: torch.dtype, device: torch.device) -> Tensor:

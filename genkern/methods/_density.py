@@ -93,27 +93,32 @@ class DensityRun:
             noise = noise.of_samples(check.sample_ids(noise.sample_ids, size, False, device))
         self.noise = loop.resolve_noise(options.get("seed"), noise, options.get("generator"))
 
-    def solve(self, stages: Sequence[Stage], x: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, along: Sequence[Stage] | density.Chosen, x: Tensor) -> tuple[Tensor, Tensor]:
         """The last state, and the integral of the divergence."""
-        density.check_stages(stages)
+        if not isinstance(along, density.Chosen):
+            density.check_stages(along)
+        elif self.differentiable:
+            raise ValueError("differentiable: expected False with a sampler that chooses its steps, got True")
         if not self.shape[0]:
             return x, x.new_zeros(0)
         bounds = [(low, min(low + self._batch, self.shape[0])) for low in range(0, self.shape[0], self._batch)]
         # A divergence needs autograd, which inference mode would leave out without a word.
         with torch.inference_mode(False), contextlib.nullcontext() if self.differentiable else torch.no_grad():
             x = x.clone() if x.is_inference() else x
-            parts = [self._part(stages, x, low, high) for low, high in bounds]
+            parts = [self._part(along, x, low, high) for low, high in bounds]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _part(self, stages: Sequence[Stage], x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    def _part(self, along: Sequence[Stage] | density.Chosen, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         cond, guidance = network.of_samples(self._cond, low, high), self._guidance
         if self._uncond is not None:
             cond = network.doubled(network.of_samples(self._uncond, low, high), cond)
             guidance = guidance[low:high] if isinstance(guidance, Tensor) and guidance.shape[0] > 1 else guidance
-        return density.walk(
-            self.model, stages, x[low:high], self._divergence(low, high), cond=cond, guidance=guidance,
+        walk: Any = density.solve if isinstance(along, density.Chosen) else density.walk
+        found: tuple[Tensor, Tensor] = walk(
+            self.model, along, x[low:high], self._divergence(low, high), cond=cond, guidance=guidance,
             model_dtype=self.model_dtype,
         )  # fmt: skip
+        return found
 
     def _divergence(self, low: int, high: int) -> density.Divergence:
         if self._exact:

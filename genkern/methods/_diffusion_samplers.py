@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import check
 from ..samplers import DDIM, DDPM, DPMSolver, DPMSolverSDE, EDMHeun, EulerAncestral, UniPC
-from .flow import given_sampler
+from ._flow_samplers import given_sampler
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "euler": lambda: EulerAncestral(0.0),

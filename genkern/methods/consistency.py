@@ -27,10 +27,10 @@ from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, editing, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._distillation import COEFFICIENTS, columns
+from ._flow_samplers import sampler_named
 from ._pair import frozen
 from ._training import Batch
 from .consistency_training import ConsistencyTraining
-from .flow import sampler_named
 from .teachers import PathTeacher, checked
 
 if TYPE_CHECKING:

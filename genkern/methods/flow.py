@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, grids, ops, paths
+from .. import check, ops, paths
+from .. import steps as stochastic
 from ..noise import Purpose
-from ..samplers import AB2, RK4, Along, Euler, Heun, Midpoint, OnPath, editing, loop, network
-from ..samplers.table import Sampler, stages_of
+from ..samplers import Along, Dopri5, OnPath, editing, loop, network
+from ..samplers.density import Chosen
+from ..samplers.flow_sde import Stochastic
+from ..samplers.table import Sampler, Stage, stages_of
+from . import _adaptive
 from ._density import DensityRun
+from ._flow_samplers import NAMED, STOCHASTIC, ends_of, grid_of, sampler_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,29 +25,7 @@ if TYPE_CHECKING:
 
     from ._density import DensityOptions
 
-SAMPLERS: dict[str, Any] = {"euler": Euler, "ab2": AB2, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
 DIRECTIONS = ("forward", "backward")
-
-
-@functools.lru_cache(maxsize=64)
-def _even(steps: int, forward: bool) -> np.ndarray:
-    """Even times, kept, and so not to be written."""
-    grid = grids.uniform(steps, *((0.0, 1.0) if forward else (1.0, 0.0)))
-    grid.flags.writeable = False
-    return grid
-
-
-def _grid(steps: int | None, times: Any, forward: bool) -> np.ndarray:
-    """Even times, by default of 50 steps, or the given ones, in the direction."""
-    if times is None:
-        return _even(check.integer("steps", 50 if steps is None else steps, 1), forward)
-    if steps is not None:
-        raise ValueError(f"steps: expected None beside times, got {steps}")
-    grid = grids.given(times, low=0.0, high=1.0)
-    if bool(grid[0] < grid[-1]) != forward:
-        order, direction = ("increasing", "forward") if forward else ("decreasing", "backward")
-        raise ValueError(f"times: expected {order} times with {direction=}, got {grid}")
-    return grid
 
 
 def flow_path(name: str, path: Any) -> paths.Path:
@@ -56,20 +37,6 @@ def flow_path(name: str, path: Any) -> paths.Path:
     if not path.alpha(0.0) * path.sigma(1.0) < path.alpha(1.0) * path.sigma(0.0):
         raise ValueError(f"{name}: expected noise at t = 0 and data at t = 1, got the other way round: paths.Reversed")
     return path
-
-
-def sampler_named(sampler: str | Sampler) -> Sampler:
-    """An ODE sampler by its name, or as given."""
-    if isinstance(sampler, str):
-        return SAMPLERS[check.choice("sampler", sampler, tuple(SAMPLERS))]()
-    return given_sampler(sampler)
-
-
-def given_sampler(sampler: Any) -> Sampler:
-    """A Sampler. TypeError: anything else."""
-    if not callable(getattr(sampler, "stages", None)) or isinstance(sampler, type):
-        raise TypeError(f"sampler: expected a name or a Sampler, got {sampler!r}")
-    return sampler
 
 
 class Flow:
@@ -91,12 +58,13 @@ class Flow:
         shape: Sequence[int] | None = None,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "euler",
+        sampler: str | Sampler | Dopri5 = "euler",
         times: Any = None,
         direction: str = "forward",
         x0: Tensor | None = None,
         x1: Tensor | None = None,
         along: paths.Path | None = None,
+        return_stats: bool = False,
         **options: Unpack[loop.Options],
     ) -> Any:
         """Solve dx/dt = v(x, t), eq. (13.14): from noise or a source at t = 0 to data at t = 1, or back.
@@ -106,19 +74,25 @@ class Flow:
             shape: [B, ...] of the state; not needed where it is given.
             steps: of the sampler, >= 1, on an even grid; default 50. One network call each with "euler" and
                 "ab2", two with "midpoint" and "heun", four with "rk4".
-            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler.
-            times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4" or a Sampler; "dopri5", samplers.Dopri5() with its
+                tolerances, which chooses its steps (steps is None); or with noise, from a Gaussian source, "sde",
+                "flow_grpo" (samplers.EulerMaruyama), "cps", "overshoot" (docs/solvers.md), one call a step.
+            times: instead of steps: strictly increasing times in [0, 1] (decreasing for backward). Of "dopri5" the
+                times of the trajectory; default the ends.
             direction: "forward" (t from 0 to 1), or "backward" (from 1 to 0; needs x1).
             x0: the initial state of "forward"; default N(0, sigma(0)^2 I).
             x1: the initial state of "backward".
             along: another path on [0, 1] to solve along (samplers.Along): times, states and sources are that path's.
-            options: samplers.Options.
+            return_stats: of "dopri5": return samplers.adaptive.Stats too, as the last.
+            options: samplers.Options; with "dopri5" those that methods/_adaptive.py does not refuse: no callback,
+                editing or guide, no guidance but the plain one, and no gradient.
 
         Returns:
             The state at the last time [B, ...], float32; with return_trajectory (state, trajectory).
 
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
+            RuntimeError: "dopri5" has not reached the end (samplers.Dopri5.solve).
         """
         forward = check.choice("direction", direction, DIRECTIONS) == "forward"
         if forward and x1 is not None:
@@ -128,15 +102,74 @@ class Flow:
         start = x0 if forward else x1
         if not forward and start is None and not isinstance(options.get("noise"), Tensor):
             raise ValueError("x1: expected the initial state of direction='backward', got None")
-        grid = _grid(steps, times, forward)
+        chosen: Any = sampler if isinstance(sampler, Dopri5) else sampler_named(sampler, NAMED)
+        if isinstance(chosen, Dopri5):
+            return self._adaptive(
+                model, chosen, shape, steps, times, forward, start, along, loop.known(options), return_stats
+            )
+        if return_stats:
+            raise ValueError("return_stats: expected False with a sampler whose steps are given, got True")
+        grid = grid_of(steps, times, forward)
         if not forward:
             editing.refuse(options, "with direction='backward', which leads away from the data")
         trained = OnPath(self.path, "velocity")
         path = self.path if along is None else flow_path("along", along)
         asked = trained if along is None else Along(trained, path)
         grid, more = editing.begun(grid, asked, loop.known(options))
-        stages = stages_of(sampler_named(sampler), asked, grid)
+        stages = stages_of(chosen, asked, grid)
         return loop.run(model, stages, shape, start=start, along=asked, **{"scale": path.sigma(0.0), **more})
+
+    def _solver(self, sampler: Any, steps: Any, times: Any, forward: bool) -> Sequence[Stage] | Chosen:
+        """What the log-density is solved along."""
+        chosen = Dopri5() if isinstance(sampler, str) and sampler == "dopri5" else sampler
+        if isinstance(chosen, Dopri5):
+            return Chosen(chosen, ends_of(steps, times, forward))
+        return stages_of(sampler_named(chosen), OnPath(self.path, "velocity"), grid_of(steps, times, forward))
+
+    def _adaptive(
+        self, model: Any, pair: Dopri5, shape: Any, steps: Any, times: Any, forward: bool, start: Any, along: Any,
+        options: Any, return_stats: bool,
+    ) -> Any:  # fmt: skip
+        if along is not None:
+            raise ValueError("along: expected None with a sampler that chooses its steps, got a path")
+        grid = ends_of(steps, times, forward)
+        return _adaptive.sample(model, pair, grid, shape, start, self.path.sigma(0.0), options, return_stats)
+
+    def step(
+        self, x_t: Tensor, model_output: Tensor, t: Any, s: Any, *, sampler: str | Stochastic = "flow_grpo",
+        x_s: Tensor | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A stochastic step from t to s with its log-density, of the network's output at t: steps.linear on this path.
+
+        Args:
+            x_t: state at t.  [B, ...].
+            model_output: the network's output, the velocity at (x_t, t).  [B, ...].
+            t, s: times in [0, 1] with t < s, each a number, or one a sample, [B].
+            sampler: "sde", "flow_grpo", "cps", "overshoot", or such a sampler with its options.
+            x_s: the state at s to score; None: sample it.
+            options: of steps.linear: noise, uncond, guidance_scale, reduction.
+
+        Returns:
+            (x_s, log p(x_s | x_t)).  [B, ...] and [B].
+
+        Raises:
+            ValueError, TypeError: as steps.linear; a step that leaves no noise, such as "cps" has to s = 1.
+
+        Source: arXiv:2505.05470; arXiv:2509.05952.
+        """
+        chosen: Any = sampler_named(sampler, STOCHASTIC) if isinstance(sampler, str) else sampler
+        if not isinstance(chosen, Stochastic):
+            raise TypeError(
+                f"sampler: expected {', '.join(map(repr, STOCHASTIC))}, or one of their kind, got {chosen!r}"
+            )
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected a torch tensor, got {type(x_t).__name__}")
+        t, s = check.coefficient("t", t, x_t, 0.0, 1.0), check.coefficient("s", s, x_t, 0.0, 1.0)
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and not t < s:
+            raise ValueError(f"t, s: expected t < s, toward the data, got {t:g} and {s:g}")
+        t, s = (time.double() if isinstance(time, Tensor) else time for time in (t, s))
+        c_x, c_m, std = chosen.coefficients(OnPath(self.path, "velocity"), t, s)
+        return stochastic.linear(x_t, model_output, c_x, c_m, std, x_s=x_s, **options)
 
     def log_prob(
         self,
@@ -144,7 +177,7 @@ class Flow:
         x: Tensor,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "rk4",
+        sampler: str | Sampler | Dopri5 = "rk4",
         times: Any = None,
         **options: Unpack[DensityOptions],
     ) -> Tensor:
@@ -159,7 +192,8 @@ class Flow:
                 gradient by x.
             x: data.  [B, ...], floating.
             steps: of the solver, on an even grid; default 50.
-            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t).
+            sampler: "euler", "ab2", "midpoint", "heun", "rk4", or a solver of dx/dt = v(x, t); or "dopri5",
+                samplers.Dopri5(), which chooses its steps by the error of x (steps is None).
             times: instead of steps: strictly decreasing times in [0, 1]; p_0 is at the last, x at the first.
             options: DensityOptions.
 
@@ -172,7 +206,7 @@ class Flow:
         Source: (13.14)-(13.16); Chen et al., arXiv:1806.07366; Grathwohl et al., arXiv:1810.01367.
         """
         check.terms([("x", x)])
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, False))
+        stages = self._solver(sampler, steps, times, False)
         run = DensityRun("log_prob", model, x.shape, x.device, options)
         x0, integral = run.solve(stages, x.to(run.dtype))  # from t = 1 to 0: minus the integral from 0 to 1
         return run.source(x0, self.path.sigma(0.0)) + integral
@@ -183,7 +217,7 @@ class Flow:
         shape: Sequence[int] | None = None,
         *,
         steps: int | None = None,
-        sampler: str | Sampler = "rk4",
+        sampler: str | Sampler | Dopri5 = "rk4",
         times: Any = None,
         x0: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -204,7 +238,7 @@ class Flow:
         Raises:
             ValueError, TypeError: as log_prob().
         """
-        stages = stages_of(sampler_named(sampler), OnPath(self.path, "velocity"), _grid(steps, times, True))
+        stages = self._solver(sampler, steps, times, True)
         if x0 is not None:
             check.terms([("x0", x0)])
             if shape is not None and tuple(x0.shape) != check.shape(shape):

@@ -22,7 +22,7 @@ from .. import check, ops, paths
 from ..fused import apply_row
 from ..noise import Purpose
 from ..rows import Out, Row
-from ..samplers import loop, network
+from ..samplers import Dopri5, loop, network
 from ..samplers.table import Sampler
 from ._training import Batch
 from .flow import Flow
@@ -97,7 +97,7 @@ class RectifiedFlow(Flow):
         *,
         x0: Tensor | None = None,
         steps: int | None = None,
-        sampler: str | Sampler = "euler",
+        sampler: str | Sampler | Dopri5 = "euler",
         **options: Unpack[loop.Options],
     ) -> tuple[Tensor, Tensor]:
         """The rectified coupling (z0, z1) of a trained flow: z1 is its end from z0.

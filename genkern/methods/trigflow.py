@@ -27,10 +27,10 @@ from ..rows import Out, Row
 from ..samplers import loop, network
 from ..samplers.table import Sampler, stages_of
 from ..samplers.trig import Trig, TrigMultistep
+from ._flow_samplers import sampler_named
 from ._jvp import along
 from ._pair import frozen
 from ._training import Batch
-from .flow import sampler_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

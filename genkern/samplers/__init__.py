@@ -8,10 +8,13 @@ from .callback import STOP
 from .consistency import Multistep
 from .ddim import DDIM
 from .ddpm import DDPM
+from .dopri5 import Dopri5
 from .dpm_solver import DPMSolver
 from .dpm_solver_sde import DPMSolverSDE
 from .edm_heun import EDMHeun
 from .euler import Euler
+from .flow_refresh import CPS, Overshoot
+from .flow_sde import EulerMaruyama
 from .guidance import APG
 from .heun import Heun
 from .inversion import DDIMInversion
@@ -27,6 +30,7 @@ __all__ = [
     "STOP",
     "AB2",
     "APG",
+    "CPS",
     "DDIM",
     "DDIMInversion",
     "DDPM",
@@ -34,16 +38,19 @@ __all__ = [
     "Along",
     "DPMSolver",
     "DPMSolverSDE",
+    "Dopri5",
     "DynamicThreshold",
     "EDMHeun",
     "Euler",
     "EulerAncestral",
+    "EulerMaruyama",
     "Heun",
     "Midpoint",
     "Multistep",
     "NonMarkovian",
     "OnPath",
     "Options",
+    "Overshoot",
     "Parameterization",
     "Preconditioned",
     "Sampler",

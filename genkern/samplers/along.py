@@ -60,6 +60,12 @@ class Along:
         y = self.trained.data(s)
         return Linear(y.x / c, y.m)
 
+    def noise(self, t: float) -> Linear:
+        """e = a x + b m, the predicted noise."""
+        s, c = self._match(t)
+        e = self.trained.noise(s)
+        return Linear(e.x / c, e.m)
+
     def slope(self, t: float) -> Linear:
         s, c = self._match(t)
         y, e = self.trained.data(s), self.trained.path.noise(self.trained.prediction, s)

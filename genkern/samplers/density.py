@@ -6,22 +6,32 @@ A stage's row is linear in the states and in the network's output, with the same
 network that predicts the velocity has the slope m itself. So a solver's rows serve the integral l of div v as they
 serve x, with the divergence in m's place: both have the solver's order, on any grid, either way in time. Under
 guidance the divergence of m_u + w (m_c - m_u) is div m_u + w (div m_c - div m_u): the same row again.
+
+Along a pair that chooses its steps, by the error of x alone, l_s = l + dt sum_j b_j div v_j where a step is accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..fused import apply_row
 from ..rows import Row
-from . import network
+from . import adaptive, dopri5, embedded, network
 from .table import Stage
 
 Divergence = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor]]  # (f, x) -> f(x), div f [B]
+
+
+class Chosen(NamedTuple):
+    """Steps that a pair chooses, between the times of a grid."""
+
+    pair: dopri5.Dopri5
+    grid: np.ndarray
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -77,3 +87,41 @@ def walk(
         for k, (slot, _) in enumerate(stage.keeps, 1):
             memory[slot] = (stepped[0][k], stepped[1][k])
     return states
+
+
+def solve(
+    model: Any, along: Chosen, x: Tensor, divergence: Divergence, *, cond: Mapping[str, Any], guidance: Any,
+    model_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As walk(), along a pair that chooses its steps; without a gradient.
+
+    Raises:
+        RuntimeError: as adaptive.walk.
+    """
+    halves = 1 if guidance is None else 2
+    state = embedded.Integration(along.pair, x, bool(along.grid[0] < along.grid[-1]), model_dtype, halves, guidance)
+    total, first = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0])  # l, and div v at the start of a step
+    found: list[Tensor] = []
+
+    def velocity(seen: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        m, d = divergence(lambda y: network.call(model, y, t, cond), seen)
+        m, m_uncond = network.at_most(m, x.dtype), None
+        if guidance is not None:
+            (m_uncond, m), (d_uncond, d) = m.chunk(2), d.chunk(2)
+            d = d_uncond + guidance * (d - d_uncond)
+        found.append(d.to(x.dtype))
+        return m, m_uncond
+
+    def begin() -> None:
+        state.begin(velocity)
+        first.copy_(found[0])
+
+    def attempt() -> None:
+        found.clear()
+        state.attempt(velocity)
+        change = sum(b * d for b, d in zip(dopri5.B, (first, *found), strict=True))
+        total.copy_(torch.where(state.accepted, total + state.sign * state.h * change, total))
+        first.copy_(torch.where(state.accepted, found[-1], first))
+
+    x, _, _ = adaptive.walk(state, begin, attempt, along.grid, keep=False, log=False)
+    return x, total

@@ -178,7 +178,7 @@ class Part:
         return self.high - self.low
 
 
-def run(
+def prepared(
     model: Any,
     stages: Sequence[Stage],
     shape: Sequence[int] | None,
@@ -210,8 +210,8 @@ def run(
     guide_through: bool | None = None,
     guide_cond: Mapping[str, Any] | None = None,
     **conditions: Unpack[GuidanceOptions],
-) -> Any:
-    """Walk the stages from an initial state.
+) -> tuple[Run, int, Any]:
+    """A run with its arguments checked.
 
     Args:
         model: called as model(x, t, **cond); must not change x in place.
@@ -225,7 +225,7 @@ def run(
         others: as Options says.
 
     Returns:
-        The final state [B, ...], or (state, trajectory).
+        (run, batch size of a part, captures or None).
 
     Raises:
         ValueError, TypeError: an argument is not what it may be; the model's output has another shape than its input.
@@ -292,22 +292,44 @@ def run(
         model, stages, size, start, start_scale, scale, time_dtype, limits, source, step_noise, given, scales, guided,
         along, inpaint, steering, where, dtype, model_dtype, callback, return_trajectory, progress, differentiable,
     )  # fmt: skip
+    return task, batch, captures
+
+
+def run(model: Any, stages: Sequence[Stage], shape: Sequence[int] | None, **options: Any) -> Any:
+    """Walk the stages from an initial state.
+
+    Args:
+        model, stages, shape, options: as of prepared().
+
+    Returns:
+        The final state [B, ...], or (state, trajectory).
+
+    Raises:
+        ValueError, TypeError: an argument is not what it may be; the model's output has another shape than its input.
+    """
+    task, batch, captures = prepared(model, stages, shape, **options)
+    size = task.shape
     if not size[0]:
-        nothing = torch.empty(size, dtype=dtype, device=where)
-        return (nothing, nothing.new_empty((task.steps + 1, *size))) if return_trajectory else nothing
+        nothing = torch.empty(size, dtype=task.dtype, device=task.device)
+        return (nothing, nothing.new_empty((task.steps + 1, *size))) if task.return_trajectory else nothing
     walked = walk if captures is None else captures.walk
-    bounds = [(low, min(low + batch, size[0])) for low in range(0, size[0], batch)]
+    bounds = bounds_of(size[0], batch)
     with (
-        contextlib.nullcontext() if differentiable else torch.no_grad(),
-        bar(progress, task.steps * len(bounds)) as tick,
+        contextlib.nullcontext() if task.differentiable else torch.no_grad(),
+        bar(task.progress, task.steps * len(bounds)) as tick,
     ):
         parts = [walked(task, part_of(task, low, high), tick) for low, high in bounds]
     x = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-    if not return_trajectory:
+    if not task.return_trajectory:
         return x
     length = max(len(part[1]) for part in parts)  # a part that was stopped stays where it was
     states = [[*kept, *[kept[-1]] * (length - len(kept))] for _, kept in parts]
     return x, torch.cat([torch.stack(part) for part in states], dim=1)
+
+
+def bounds_of(samples: int, batch: int) -> list[tuple[int, int]]:
+    """The first sample, and the one after the last, of each part of a batch."""
+    return [(low, min(low + batch, samples)) for low in range(0, samples, batch)]
 
 
 def resolve_noise(seed: int | None, noise: Noise | None, generator: torch.Generator | None) -> Noise:

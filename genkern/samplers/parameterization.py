@@ -55,6 +55,10 @@ class OnPath:
     def data(self, t: float) -> Linear:
         return self.path.data(self.prediction, t)
 
+    def noise(self, t: Any) -> Linear:
+        """e = a x + b m, the predicted noise."""
+        return self.path.noise(self.prediction, t)
+
     def slope(self, t: float) -> Linear:
         return self.path.read(self.prediction, "velocity", t)
 
@@ -71,8 +75,9 @@ class OnPath:
     def model_time(self, t: float) -> float:
         return float(round(t)) if self.round_times else t
 
-    def scales(self, t: float) -> tuple[float, float]:
-        return float(self.path.alpha(t)), float(self.path.sigma(t))
+    def scales(self, t: Any) -> tuple[Any, Any]:
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        return (alpha, sigma) if check.is_tensor(t) else (float(alpha), float(sigma))
 
 
 class Preconditioned:
