@@ -31,6 +31,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Consistency": ("methods", "Consistency"),
     "MeanFlow": ("methods", "MeanFlow"),
     "TrigFlow": ("methods", "TrigFlow"),
+    "PairStore": ("flows", "PairStore"),
     "Loop": ("graphs", "Loop"),
     "APG": ("samplers", "APG"),
     "STOP": ("samplers", "STOP"),

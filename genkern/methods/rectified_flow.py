@@ -8,6 +8,8 @@ repeat on the rectified coupling (z0, z1), z1 the flow's end from z0: reflow. On
     x0, x1 = flow.pairs(model, (4096, 1, 8, 8), steps=20)
     loss = flow.loss(straighter, x1[some], x0=x0[some])
 
+and all of it, with the pairs on disk, any number of rounds and the distillation, in reflow.py.
+
 Liu, Gong, Liu, arXiv:2209.03003.
 """
 
@@ -25,7 +27,7 @@ from ..rows import Out, Row
 from ..samplers import loop, network
 from ..samplers.table import Sampler
 from ._training import Batch
-from .flow import Flow
+from .reflow import Reflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from ._training import LossOptions, Times
 
 
-class RectifiedFlow(Flow):
+class RectifiedFlow(Reflow):
     """Rectified flow from a source to the data. The network is called as model(x, t, **cond), t float32 [B] in [0, 1].
 
     Source: section 13.3.
