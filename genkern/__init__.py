@@ -28,6 +28,8 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Diffusion": ("methods", "Diffusion"),
     "FlowMatching": ("methods", "FlowMatching"),
     "RectifiedFlow": ("methods", "RectifiedFlow"),
+    "ConditionalFlowMatching": ("methods", "ConditionalFlowMatching"),
+    "SchrodingerBridge": ("methods", "SchrodingerBridge"),
     "Consistency": ("methods", "Consistency"),
     "MeanFlow": ("methods", "MeanFlow"),
     "TrigFlow": ("methods", "TrigFlow"),

@@ -1,7 +1,6 @@
 """Files that are whole or absent: written under a temporary name, synced to the disk, then renamed.
 
-A process that is killed at any moment leaves the old file, or none, and at most a file *.tmp beside it, which the next
-writer of the same file removes. One process at a time writes a file.
+A process that is killed at any moment leaves the old file, or none, and at most a file *.tmp beside it.
 """
 
 from __future__ import annotations
@@ -26,10 +25,13 @@ def safetensors() -> Any:
 
 
 @contextlib.contextmanager
-def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`; what is written there takes path's place when the block ends without an error."""
+def replaced(path: pathlib.Path, alone: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`; what is written there takes path's place when the block ends without an error.
+
+    alone: no other process writes this file now, so that what one that was killed left beside it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -100,7 +100,9 @@ class PairStore:
         }
         where = pathlib.Path(path) / "manifest.json"
         if not where.exists():
-            with files.replaced(where) as temporary:
+            with files.replaced(
+                where
+            ) as temporary:  # others may be doing so too; the same, or a shard tells them apart
                 temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         store = cls(path)
         asked = {**manifest["settings"], "count": manifest["count"], "shard_size": manifest["shard_size"]}
@@ -155,7 +157,7 @@ class PairStore:
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         told = {"manifest": self.fingerprint, "shard": shard, "sha256": files.digest(tensors)}
         self._open.pop(shard, None)
-        with files.replaced(self.file(shard)) as temporary:
+        with files.replaced(self.file(shard), alone=True) as temporary:
             files.safetensors().torch.save_file(tensors, temporary, metadata={KEY: json.dumps(told)})
 
     def read(self, shard: int) -> Pairs:

@@ -292,7 +292,7 @@ class Reflow(Flow):
         if not isinstance(student, nn.Module):
             raise TypeError(f"train: expected the trained network from it, got {type(student).__name__}")
         if ranks.placed(None, None)[0] == 0:
-            with files.replaced(where) as temporary:
+            with files.replaced(where, alone=True) as temporary:
                 files.safetensors().torch.save_model(student, str(temporary), {"settings": named})
         ranks.barrier()
         return student.requires_grad_(False).eval()
