@@ -62,3 +62,19 @@ def digest(tensors: Mapping[str, Any]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         found.update(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return found.hexdigest()
+
+
+def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
+    """A Module's parameters and buffers as safetensors, and what it was made with."""
+    with replaced(path, alone=True) as temporary:
+        safetensors().torch.save_model(network, str(temporary), {"settings": settings})
+
+
+def load_network(network: Any, path: pathlib.Path, settings: str) -> Any:
+    """The network, with the parameters and buffers of a file. ValueError: one that was made with other settings."""
+    with safetensors().safe_open(path, "pt") as f:
+        found = (f.metadata() or {}).get("settings")
+    if found != settings:
+        raise ValueError(f"path: expected a network of the same settings, {path} has {found!r}, asked for {settings!r}")
+    safetensors().torch.load_model(network, str(path))
+    return network

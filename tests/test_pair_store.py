@@ -231,11 +231,15 @@ def test_a_missing_package_and_a_missing_store_are_said(tmp_path, monkeypatch):
     ({"dtype": torch.float64}, ValueError, "dtype: expected torch.float32, torch.float16 or torch.bfloat16"),
     ({"rank": 1}, ValueError, "rank: expected rank and world_size, or neither, got 1 and None"),
     ({"rank": 2, "world_size": 2}, ValueError, "rank: expected an integer from 0 to 1, got 2"),
+    ({"shape": (0, 3)}, ValueError, "count: expected an integer >= 1, got 0"),
+    ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0"),
+    ({"guidance_scale": 2.0}, ValueError, "uncond: expected"),
+    ({"x0": lambda ids: torch.zeros(1, 4)}, ValueError, "x0|initial state: expected shape"),
     ({"return_trajectory": True}, TypeError, "write_pairs.. got an unexpected keyword argument 'return_trajectory'"),
 ])  # fmt: skip
 def test_a_bad_argument_is_named_and_nothing_is_made(options, error, words, tmp_path):
     with pytest.raises(error, match=words):
-        FLOW.write_pairs(Net(), tmp_path / "store", SHAPE, **{**OPTIONS, **options})
+        FLOW.write_pairs(Net(), tmp_path / "store", **{"shape": SHAPE, **OPTIONS, **options})
     assert not (tmp_path / "store").exists()
 
 

@@ -135,7 +135,8 @@ def test_pairs_may_be_given_and_the_ends_are_kept_finite():
     (lambda: gk.SchrodingerBridge().loss(Net(), torch.zeros(3, 2), coupling="exact"), "coupling: expected one of 'ent"),
     (lambda: gk.SchrodingerBridge().loss(Net(), torch.zeros(3, 2), torch.zeros(3, 2), noise=torch.zeros(3, 2)),
      "noise: expected a Noise beside x0"),
-    (lambda: gk.SchrodingerBridge().sample(lambda x, t: x, (3, 2), guide=lambda x, t, y: y.sum()), "path: this flow has"),
+    (lambda: gk.SchrodingerBridge().sample(lambda x, t: x, (3, 2), guide=lambda x, t, y: y.sum()),
+     "path: this flow has"),
 ])  # fmt: skip
 def test_a_bad_argument_is_named(make, words):
     with pytest.raises(ValueError, match=words):

@@ -77,6 +77,11 @@ class PairStore:
         self.fingerprint = hashlib.sha256(_canonical(found).encode()).hexdigest()
         self._open: dict[int, dict[str, Tensor]] = {}
 
+    @staticmethod
+    def exists(path: str | pathlib.Path) -> bool:
+        """Whether there is a store at this path, of whatever settings."""
+        return (pathlib.Path(path) / "manifest.json").exists()
+
     @classmethod
     def create(cls, path: str | pathlib.Path, count: int, shard_size: int, settings: Mapping[str, Any]) -> PairStore:
         """The store of these settings: made, or, where it is there already, opened.
@@ -99,10 +104,8 @@ class PairStore:
             "settings": json.loads(json.dumps(settings)),  # as they will be read
         }
         where = pathlib.Path(path) / "manifest.json"
-        if not where.exists():
-            with files.replaced(
-                where
-            ) as temporary:  # others may be doing so too; the same, or a shard tells them apart
+        if not cls.exists(path):
+            with files.replaced(where) as temporary:  # others may do so too; their shards tell stores apart
                 temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         store = cls(path)
         asked = {**manifest["settings"], "count": manifest["count"], "shard_size": manifest["shard_size"]}

@@ -75,9 +75,9 @@ class Reflow(Flow):
     ) -> PairStore:
         """The rectified coupling (z0, z1) of a trained flow, on disk: pairs() for more than fits in memory.
 
-        Pair i is a function of these arguments and of i. What is there already is kept, so a call that was cut off is
-        called again, and several processes, or jobs that know nothing of each other, each draw their own shards:
-        process r those of number r, r + world_size, and so on.
+        Pair i is a function of these arguments and of i, up to the network's rounding. What is there already is kept,
+        so a call that was cut off is called again, and several processes, or jobs that know nothing of each other,
+        each draw their own shards: process r those of number r, r + world_size, and so on.
 
         Args:
             model: the trained network. A Module's parameters and buffers are part of the settings, by their SHA-256;
@@ -124,28 +124,32 @@ class Reflow(Flow):
             "uncond": told(uncond), "guidance_scale": told(scale), "sampler": told(sampler), "steps": steps,
             **{name: told(options[name]) for name in RESULT if name in options},
         }  # fmt: skip
-        store = PairStore.create(path, count, shard_size, settings)
         device = options.pop("device", None)
         device = network.device_of(model) if device is None else network.checked_device(device)
+
+        def drawn(ids: Tensor) -> Pairs:
+            at = noise.of_samples(ids.to(device))
+            if x0 is None:
+                z0 = ops.randn((len(ids), *size[1:]), noise=at.at(Purpose.INITIAL), device=device)
+            else:
+                z0 = (x0(ids) if callable(x0) else x0[ids]).to(device)
+            z0 = z0.to(dtype)  # before the flow starts from it
+            kept, w = of_ids(cond, ids, device), scale[ids].to(device) if isinstance(scale, Tensor) else scale
+            z1 = self.sample(
+                model, (len(ids), *size[1:]), x0=z0, steps=steps, sampler=sampler, noise=at, cond=kept,
+                uncond=None if uncond is None else of_ids(uncond, ids, device), guidance_scale=w, **options,
+            )  # fmt: skip
+            w = w if w is None else torch.as_tensor(w, dtype=torch.float64).expand(len(ids))
+            return Pairs(z0, z1.to(dtype), kept, ids, w)
+
+        if count and not PairStore.exists(path):
+            drawn(torch.arange(1))  # what sample() refuses is refused before there is a store of it
+        store = PairStore.create(path, count, shard_size, settings)
         missing = [shard for shard in store.missing() if shard % world_size == rank]
         with bar(progress, len(missing), "pairs") as tick:
             for shard in missing:
-                ids = torch.arange(store.ids(shard).start, store.ids(shard).stop)
-                drawn = noise.of_samples(ids.to(device))
-                if x0 is None:
-                    z0 = ops.randn((len(ids), *size[1:]), noise=drawn.at(Purpose.INITIAL), device=device)
-                else:
-                    z0 = (x0(ids) if callable(x0) else x0[ids]).to(device)
-                z0 = z0.to(dtype)  # before the flow starts from it
-                kept, w = of_ids(cond, ids, device), scale[ids].to(device) if isinstance(scale, Tensor) else scale
-                empty = None if uncond is None else of_ids(uncond, ids, device)
-                z1 = self.sample(
-                    model, (len(ids), *size[1:]), x0=z0, steps=steps, sampler=sampler, noise=drawn, cond=kept,
-                    uncond=empty, guidance_scale=w, **options,
-                )  # fmt: skip
-                if w is not None:
-                    w = torch.as_tensor(w, dtype=torch.float64).expand(len(ids))
-                store.write(shard, Pairs(z0, z1.to(dtype), kept, ids, w))
+                ids = store.ids(shard)
+                store.write(shard, drawn(torch.arange(ids.start, ids.stop)))
                 tick()
         ranks.barrier()
         return store
@@ -283,7 +287,7 @@ class Reflow(Flow):
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
         if where.exists():
-            return _loaded(student, where, named)
+            return files.load_network(student, where, named).requires_grad_(False).eval()
         student.requires_grad_(True).train()
         if train is None:
             student = fit_pairs(student, loss, store, seed=seed, progress=bool(options.get("progress")), **asked)
@@ -292,18 +296,6 @@ class Reflow(Flow):
         if not isinstance(student, nn.Module):
             raise TypeError(f"train: expected the trained network from it, got {type(student).__name__}")
         if ranks.placed(None, None)[0] == 0:
-            with files.replaced(where, alone=True) as temporary:
-                files.safetensors().torch.save_model(student, str(temporary), {"settings": named})
+            files.save_network(student, where, named)
         ranks.barrier()
         return student.requires_grad_(False).eval()
-
-
-def _loaded(into: nn.Module, where: pathlib.Path, named: str) -> nn.Module:
-    """A network from its file. ValueError: one that was made with other settings."""
-    package = files.safetensors()
-    with package.safe_open(where, "pt") as f:
-        found = (f.metadata() or {}).get("settings")
-    if found != named:
-        raise ValueError(f"path: expected a network of the same settings, {where} has {found!r}, asked for {named!r}")
-    package.torch.load_model(into, str(where))
-    return into.requires_grad_(False).eval()
