@@ -57,10 +57,13 @@ def main(
             result = ran.record
             draw = plots.digits if name == "digits" else plots.plane
             draw(problem, ran.networks, images / f"flows_{name}.png")
-            plots.curves(result, page.TITLES[name], images / f"flows_{name}_quality.png")
         _write(records / f"{name}.json", result, named or machine.name_of(where), seed, quick)
         print(json.dumps(result, indent=1), flush=True)
-        page.update(out / "docs" / "flows.md", records)
+    for name in problems.NAMES:
+        record = page.record_of(records, name)
+        if record:
+            plots.curves(record["run"], page.TITLES[name], images / f"flows_{name}_quality.png")
+    page.update(out / "docs" / "flows.md", records)
 
 
 def _write(file: pathlib.Path, run: dict[str, Any], name: str, seed: int, quick: bool) -> None:

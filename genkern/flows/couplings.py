@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ from torch import Tensor
 from .. import check
 
 Coupling = Callable[[Tensor, Tensor, Mapping[str, Any], Tensor], Tensor]
+
+
+class Sourced(Protocol):
+    """A coupling that gives the sources themselves."""
+
+    def sources(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], u: Tensor) -> Tensor:
+        """The sources of x1, [B, ...]."""
 
 
 class Independent:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ..flows.couplings import Coupling
+    from ..flows.couplings import Coupling, Sourced
     from ._training import LossOptions, Times
 
 
@@ -55,7 +55,7 @@ class RectifiedFlow(Reflow):
         *,
         t: Any = None,
         times: Times = None,
-        coupling: Coupling | None = None,
+        coupling: Coupling | Sourced | None = None,
         **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.24), one fused pass before the network and one after it.
@@ -68,8 +68,8 @@ class RectifiedFlow(Reflow):
             times: how they are drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
                 (methods.times; LossSecondMoment is Diffusion's alone); or their distribution, a callable of uniforms
                 [B] giving t [B], or (t, weight), such as those of genkern.flows; or t itself.
-            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
-                as flows.couplings has it; default as they are given.
+            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), flows.Gathered(...)
+                over several processes, or another callable as flows.couplings has it; default as they are given.
             options: LossOptions.
 
         Returns:

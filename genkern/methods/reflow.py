@@ -117,6 +117,7 @@ class Reflow(Flow):
         for name, given in (("cond", cond), ("uncond", uncond), ("guidance_scale", {"": scale})):
             for key, value in (given if isinstance(given, Mapping) else {}).items():
                 of_count(f"{name}[{key!r}]" if key else name, value, count)
+        together = rank is None
         rank, world_size = ranks.placed(rank, world_size)
         settings = {
             "flow": type(self).__name__, "model": digest(model), "shape": list(size[1:]), "dtype": told(dtype),
@@ -151,7 +152,8 @@ class Reflow(Flow):
                 ids = store.ids(shard)
                 store.write(shard, drawn(torch.arange(ids.start, ids.stop)))
                 tick()
-        ranks.barrier()
+        if together:
+            ranks.barrier()
         return store
 
     def distill_loss(
@@ -281,12 +283,13 @@ class Reflow(Flow):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if fit is not None and train is not None:
             raise ValueError("fit: expected None beside train, which takes its place")
-        asked = checked_options(fit or {})
-        student = copy.deepcopy(model).eval()
+        asked, student = checked_options(fit or {}), copy.deepcopy(model).eval()
         store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=k, **options)
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
-        if where.exists():
+        whole = where.exists()
+        ranks.barrier()  # before any process may write it
+        if whole:
             return files.load_network(student, where, named).requires_grad_(False).eval()
         student.requires_grad_(True).train()
         if train is None:

@@ -31,7 +31,7 @@ from .flow import Flow
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ..flows.couplings import Coupling
+    from ..flows.couplings import Coupling, Sourced
     from ._training import LossOptions, Times
 
 NEAREST = 2.0**-20  # to the ends, where u_t is infinite: sigma' is at most 512 sigma
@@ -75,7 +75,7 @@ class SchrodingerBridge(Flow):
         *,
         t: Any = None,
         times: Times = None,
-        coupling: Coupling | str | None = "entropic",
+        coupling: Coupling | Sourced | str | None = "entropic",
         **options: Unpack[LossOptions],
     ) -> Tensor:
         """E |v(x_t, t) - u_t|^2, one fused pass before the network and one after it.

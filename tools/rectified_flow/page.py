@@ -24,7 +24,7 @@ COSTS = {"squared": "\\|d\\|²", "norm": "\\|d\\|", "l1": "Σ\\|dᵢ\\|", "max":
 def update(page: pathlib.Path, records: pathlib.Path) -> None:
     """Writes what the records say between the page's markers."""
     text = page.read_text(encoding="utf-8")
-    found = {name: _record(records, name) for name in (*NAMES, "exact")}
+    found = {name: record_of(records, name) for name in (*NAMES, "exact")}
     parts = {
         "tables": "\n".join(line for name in NAMES if found[name] for line in _tables(name, found[name])),
         "theorems": "\n".join(_theorems(found["exact"])) if found["exact"] else "",
@@ -36,7 +36,7 @@ def update(page: pathlib.Path, records: pathlib.Path) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def _record(records: pathlib.Path, name: str) -> dict[str, Any]:
+def record_of(records: pathlib.Path, name: str) -> dict[str, Any]:
     file = records / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -51,6 +51,7 @@ def _tables(name: str, record: dict[str, Any]) -> list[str]:
         f"student, of {budget['batch']} samples; {budget['pairs']} pairs a round. Quality: {run['metric']}, mean and "
         f"standard error of {budget['seeds']} seeds of {budget['samples']} samples; {run['floor']:.4f} between two "
         "samples of the data."
+        + (" A quick run: it shows that the tool works, and nothing of the flows." if record["quick"] else "")
     )
     lines = [*title, words, "", "| | " + " | ".join(f"{c} call{'s' if c > 1 else ''}" for c in CALLS) + " |"]
     lines.append("|---|" + "---:|" * len(CALLS))
