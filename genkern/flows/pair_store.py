@@ -249,7 +249,7 @@ class PairStore:
                     and told.get("shard") == shard
                     and f.get_tensor("sample_ids").tolist() == list(ids)
                 )
-        except (FileNotFoundError, package.SafetensorError):
+        except (FileNotFoundError, ValueError, package.SafetensorError):
             return False
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:

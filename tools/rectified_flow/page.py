@@ -64,7 +64,11 @@ def _tables(name: str, record: dict[str, Any]) -> list[str]:
     independent = run["independent"]["costs"]
     lines.append("| independent pairs | | | " + " | ".join(_pm(independent[c], 3) for c in COSTS) + " |")
     for flow, of in run["flows"].items():
-        cells = [_pm(of["straightness"], 4), _pm(of["curvature"], 3), *(_pm(of["costs"][c], 3) for c in COSTS)]
+        cells = [
+            "{:.3g} ± {:.1g}".format(*of["straightness"]),
+            _pm(of["curvature"], 3),
+            *(_pm(of["costs"][c], 3) for c in COSTS),
+        ]
         lines.append(f"| {flow} | {' | '.join(cells)} |")
     lines += ["", f"![quality against calls](images/flows_{name}_quality.png)", "",
               f"![{TITLES[name].lower()}](images/flows_{name}.png)", ""]  # fmt: skip

@@ -127,7 +127,7 @@ def _plane(name: str, device: torch.device, seed: int, quick: bool) -> Problem:
 
 
 def _digits(device: torch.device, seed: int, quick: bool) -> Problem:
-    budget = Budget(4000, 2500, 2500, 128, 2e-3, 16384, 1000, 4)
+    budget = Budget(3000, 2000, 1500, 128, 2e-3, 16384, 1000, 4)
     if quick:
         budget = Budget(20, 10, 10, 64, 2e-3, 256, 100, 2)
     digits = digits_data.load(seed, device)
