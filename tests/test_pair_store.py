@@ -40,9 +40,9 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_pairs_on_disk_are_the_flows_own_pairs(tmp_path):
-    store = FLOW.write_pairs(Net(), tmp_path, SHAPE, **OPTIONS)
-    x0, x1 = FLOW.pairs(Net(), SHAPE, steps=3, seed=5)
+def test_pairs_on_disk_are_the_flows_own_pairs(tmp_path, device):
+    store = FLOW.write_pairs(Net().to(device), tmp_path, SHAPE, **OPTIONS)
+    x0, x1 = (x.cpu() for x in FLOW.pairs(Net().to(device), SHAPE, steps=3, seed=5))
     found = whole(store)
     assert torch.equal(found.x0, x0) and found.sample_ids.tolist() == list(range(11))
     assert torch.equal(found.x0, gk.ops.randn(SHAPE, noise=Noise(5).at(Purpose.INITIAL)))

@@ -42,13 +42,13 @@ def fast(steps, **more):
     return {"steps": steps, "batch_size": 64, "lr": 3e-2, "warmup": 10, "ema_decay": 0.9, **more}
 
 
-def test_a_distilled_student_is_the_flows_end_in_one_step(tmp_path):
+def test_a_distilled_student_is_the_flows_end_in_one_step(tmp_path, device):
     """z1 = M + S z0 is affine, so that the student of one step is exact: v(z, 0) = M + (S - 1) z."""
-    student = FLOW.distill(Gaussian(), tmp_path, SHAPE, fit=fast(300), **PAIRS)
-    z = torch.randn(100, 1)
+    student = FLOW.distill(Gaussian().to(device), tmp_path, SHAPE, fit=fast(300), **PAIRS)
+    z = torch.randn(100, 1, device=device)
     one = FLOW.sample(student, x0=z, steps=1)
     torch.testing.assert_close(one, M + S * z, rtol=0, atol=2e-2)
-    undistilled = FLOW.sample(Gaussian(), x0=z, steps=1)  # without it, one step ends at the mean
+    undistilled = FLOW.sample(Gaussian().to(device), x0=z, steps=1)  # without it, one step ends at the mean
     torch.testing.assert_close(undistilled, torch.full_like(z, M))
 
 

@@ -111,14 +111,15 @@ def curves(record: dict[str, Any], title: str, path: pathlib.Path) -> None:
             color=COLOURS[k], linewidth=2, capsize=3, label=f"{k}-rectified flow",
         )  # fmt: skip
         value, error = record["students"][f"{k}-rectified flow, distilled"]["quality"]["1"]
+        place = (0.62, 0.73, 0.86)[k - 1]  # beside one call
         axes.errorbar(
-            [0.77 + 0.05 * k], [value], [error], marker="D", markersize=7, color=COLOURS[k], markerfacecolor="white",
+            [place], [value], [error], marker="D", markersize=7, color=COLOURS[k], markerfacecolor="white",
             linestyle="none", capsize=3, label="its student of one step",
         )  # fmt: skip
     axes.axhline(record["floor"], color=GREY, linewidth=1.3, linestyle=":", label="two samples of the data")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(0.75, 60)
+    axes.set_xlim(0.55, 60)
     axes.minorticks_off()
     axes.set_xticks([1, 2, 5, 10, 50], ["1", "2", "5", "10", "50"])
     low, high = axes.get_ylim()
