@@ -5,6 +5,7 @@ A record of each run is kept under benchmarks/flows; the page is made from all t
     python tools/rectified_flow_table.py --data digits --device cuda
     python tools/rectified_flow_table.py --data moons --data rings --data gaussians
     python tools/rectified_flow_table.py --data exact
+    python tools/rectified_flow_table.py                        the page and its curves again, from the records
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ CHOICES = (*problems.NAMES, "exact")
 
 
 def main(
-    data: Annotated[list[str], typer.Option(help=f"Of {', '.join(CHOICES)}; several times for several.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(CHOICES)}; several times for several; none: the page alone."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of networks, pairs and samples.")] = 0,
     named: Annotated[str, typer.Option(help="What the page calls the machine; default its processor.")] = "",
@@ -38,6 +42,7 @@ def main(
     out: Annotated[pathlib.Path, typer.Option(help="The repository, or a copy of its docs, to write into.")] = ROOT,
 ) -> None:
     """Train, reflow, distil, measure; then write the record, the pictures and the page."""
+    data = data or []
     unknown = [name for name in data if name not in CHOICES]
     if unknown:
         raise typer.BadParameter(f"--data: expected {', '.join(CHOICES)}, got {unknown[0]}")
