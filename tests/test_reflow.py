@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import genkern as gk
 from genkern import flows, training
+from genkern.methods._pair_settings import told
 from genkern.noise import Noise
 
 pytest.importorskip("safetensors")
@@ -124,6 +126,16 @@ def test_what_is_whole_is_not_made_again(tmp_path):
     *_, last = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
     assert Gaussian.calls == 5  # training alone
     assert torch.equal(last.weight, first[1].weight)
+
+
+def test_objects_in_the_settings_are_told_by_what_they_are():
+    beta, stratified = flows.Beta(2.0, 3.0), gk.methods.times.Stratified(of=flows.LogitNormal(0.5))
+    before = told({"times": beta, "metric": nn.Linear(1, 1), "of": stratified})
+    beta(torch.rand(3))  # keeps a table of the device
+    assert told(beta) == before["times"] == {"Beta": {"alpha": 2.0, "beta": 3.0}}
+    assert told(flows.LogitNormal(0.5)) == {"LogitNormal": {"mean": 0.5, "std": 1.0}}
+    assert before["of"] != told(gk.methods.times.Stratified(of=flows.LogitNormal(0.6)))
+    assert re.fullmatch("Linear [0-9a-f]{64}", before["metric"])
 
 
 def test_a_training_that_failed_goes_on_from_its_pairs(tmp_path):

@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,9 +67,14 @@ class Optimal:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
             raise ImportError("exact optimal transport needs scipy: pip install scipy") from None
-        cost = costs(x0, x1, _classes(self.labels, cond, x1))
-        _, index = linear_sum_assignment(cost.T.double().cpu().numpy())
-        return torch.from_numpy(index).to(x0.device, torch.int64)
+        classes = _classes(self.labels, cond, x1)
+        cost = costs(x0, x1).T.double().cpu().numpy()
+        index = np.empty(len(cost), dtype=np.int64)
+        # A class by itself: the time of an assignment grows with the cube of its size.
+        for members in [np.arange(len(cost))] if classes is None else _members(classes):
+            _, order = linear_sum_assignment(cost[np.ix_(members, members)])
+            index[members] = members[order]
+        return torch.from_numpy(index).to(x0.device)
 
 
 class Sinkhorn:
@@ -133,6 +139,12 @@ def costs(x0: Tensor, x1: Tensor, classes: Tensor | None = None) -> Tensor:
     a, b = a - centre, b - centre
     cost = (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2.0 * a @ b.T).clamp_(min=0.0)
     return cost if classes is None else cost.masked_fill(classes[:, None] != classes[None], math.inf)
+
+
+def _members(classes: Tensor) -> list[np.ndarray]:
+    """The samples of each class."""
+    found = classes.cpu().numpy()
+    return [np.flatnonzero(found == each) for each in np.unique(found)]
 
 
 def _classes(labels: str | None, cond: Mapping[str, Any], x: Tensor) -> Tensor | None:

@@ -36,7 +36,8 @@ def digest(model: Any) -> str:
 
 
 def told(value: Any) -> Any:
-    """A setting as JSON has it: tensors by their SHA-256, objects by their class and attributes."""
+    """A setting as JSON has it: tensors and Modules by their SHA-256, objects by their class and public attributes (a
+    private one may be a cache, of other contents in the next run)."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -51,4 +52,7 @@ def told(value: Any) -> Any:
         return str(value).removeprefix("torch.")
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    return {type(value).__name__: told(getattr(value, "__dict__", {}))}
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__} {digest(value)}"
+    public = {name: part for name, part in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    return {type(value).__name__: told(public)}

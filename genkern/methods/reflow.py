@@ -217,7 +217,7 @@ class Reflow(Flow):
             path: the folder of all rounds.
             shape: [count, ...], of the pairs of a round.
             rounds: >= 1.
-            seed: of pairs and training; round k has the stream k.
+            seed: of pairs and training; the pairs of the k-rectified flow's training have the stream k.
             fit: PairFitOptions: steps=, batch_size=, lr=, ...
             train: instead of that, train(network, store, k) -> the trained network of the same class, which makes the
                 k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate.
@@ -235,7 +235,7 @@ class Reflow(Flow):
         for k in range(2, check.integer("rounds", rounds, 1) + 2):
             folder = pathlib.Path(path) / f"{k}-rectified"
             before = found[-1] if found else model
-            found.append(self._round(before, folder, shape, k, seed, fit, train, options, self.loss, {}))
+            found.append(self._round(before, folder, shape, k, k, seed, fit, train, options, self.loss, {}))
             options = {name: value for name, value in options.items() if name not in GUIDANCE}
         return found
 
@@ -257,8 +257,8 @@ class Reflow(Flow):
             model: the flow's network, of any order of reflow; not changed.
             path: a folder for the pairs and the network; what is whole there is kept.
             student_steps: K >= 1.
-            shape, seed, fit, train, options: as of reflow(); train is called with K, and a metric goes into
-                fit={"loss_options": {"metric": ...}}.
+            shape, seed, fit, train, options: as of reflow(); the pairs have the stream 0, train is called with K, and a
+                metric goes into fit={"loss_options": {"metric": ...}}.
 
         Returns:
             The student, in eval mode: sample(student, ..., steps=K).
@@ -271,10 +271,12 @@ class Reflow(Flow):
         def loss(*pair: Any, **more: Any) -> Tensor:
             return self.distill_loss(*pair, student_steps=k, **more)
 
-        return self._round(model, pathlib.Path(path), shape, k, seed, fit, train, options, loss, {"student_steps": k})
+        return self._round(
+            model, pathlib.Path(path), shape, k, 0, seed, fit, train, options, loss, {"student_steps": k}
+        )
 
     def _round(
-        self, model: nn.Module, folder: pathlib.Path, shape: Sequence[int], k: int, seed: int,
+        self, model: nn.Module, folder: pathlib.Path, shape: Sequence[int], k: int, stream: int, seed: int,
         fit: PairFitOptions | None, train: Train | None, options: Mapping[str, Any], loss: Callable[..., Tensor],
         of: Mapping[str, Any],
     ) -> nn.Module:  # fmt: skip
@@ -284,7 +286,7 @@ class Reflow(Flow):
         if fit is not None and train is not None:
             raise ValueError("fit: expected None beside train, which takes its place")
         asked, student = checked_options(fit or {}), copy.deepcopy(model).eval()
-        store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=k, **options)
+        store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=stream, **options)
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
         whole = where.exists()
