@@ -197,3 +197,12 @@ def test_sinkhorn_leaves_what_is_not_finite_in_its_place_where_values_are_not_lo
 def test_bad_argument_of_sinkhorn_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         flows.Sinkhorn(**options)
+
+
+def test_coupling_that_gives_sources_of_another_shape_is_refused():
+    class Short:
+        def sources(self, x0, x1, cond, u):
+            return x0[:2]
+
+    with pytest.raises(ValueError, match=r"coupling: expected shape \(3, 2\) like x, got \(2, 2\)"):
+        gk.FlowMatching().loss(lambda x, t: x, torch.zeros(3, 2), coupling=Short())

@@ -147,6 +147,17 @@ def test_reflow_straightens_and_a_straight_path_is_exact_in_one_step_of_euler():
     torch.testing.assert_close(FLOW.sample(second, x0=z, steps=1, dtype=F64), again)
 
 
+def test_trajectories_do_not_cross_where_interpolations_do():
+    """On the line, where trajectories that met would change their order."""
+    field = flows.MarginalField(torch.tensor([[-1.5], [-0.4], [1.8]], dtype=F64))
+    x0 = torch.linspace(-2.0, 2.0, 60, dtype=F64)[:, None]
+    _, z = FLOW.sample(field, x0=x0, steps=400, dtype=F64, return_trajectory=True)
+    x1 = field.points[torch.randint(0, 3, (60,))]
+    lines = torch.stack([(1 - t) * x0 + t * x1 for t in torch.linspace(0.0, 1.0, 401, dtype=F64)])
+    assert float(z[:-1, :, 0].diff(dim=1).min()) > 0.0  # at the last time many are at one point
+    assert float(lines[:-1, :, 0].diff(dim=1).min()) < 0.0
+
+
 def test_one_step_of_euler_errs_most_where_the_paths_are_least_straight():
     network = PathNetwork(mixture(), FLOW.path, "velocity")
     x, z = FLOW.sample(network, (400, 2), steps=100, sampler="midpoint", seed=1, dtype=F64, return_trajectory=True)

@@ -2,6 +2,7 @@
 
     LogitNormal    logit t ~ N(mean, std^2)                                                       arXiv:2403.03206
     UShaped        p = a cosh(a (t - 1/2)) / (2 sinh(a/2)), in proportion to e^{at} + e^{a(1-t)}    arXiv:2405.20320
+    Steps          1/K at each of 0, 1/K, .., (K-1)/K, the times of K steps on an even grid
     Beta           p = t^{alpha - 1} (1 - t)^{beta - 1} / B(alpha, beta)
 
 Each is a callable of the uniforms [B] giving t [B], for loss(times=) of the flows and of Diffusion: any such callable
@@ -92,6 +93,22 @@ class UShaped(Times):
         half = 0.5 * self.a
         x = (self.a * (t - 0.5)).abs()  # cosh and sinh over e^half, which float32 may not hold
         return self.a * ((x - half).exp() + (-x - half).exp()) / (-2.0 * math.expm1(-self.a))
+
+
+class Steps(Times):
+    """t = floor(K u) / K: the times at which a sampler of K even steps asks the network. It has no density.
+
+    Args:
+        count: K >= 1.
+
+    Source: arXiv:2209.03003, section 2: distillation into K steps.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = check.integer("count", count, 1)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u * self.count).floor().clamp(max=self.count - 1) / self.count  # the product may be rounded to K
 
 
 class Beta(Times):

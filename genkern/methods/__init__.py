@@ -2,21 +2,25 @@
 metrics: of Consistency's training."""
 
 from . import curricula, metrics, times, weightings
+from .conditional import ConditionalFlowMatching
 from .consistency import Consistency
 from .diffusion import Diffusion
 from .flow_matching import FlowMatching
 from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
+from .schrodinger_bridge import SchrodingerBridge
 from .teachers import PathTeacher
 from .trigflow import TrigFlow
 
 __all__ = [
+    "ConditionalFlowMatching",
     "Consistency",
     "Diffusion",
     "FlowMatching",
     "MeanFlow",
     "PathTeacher",
     "RectifiedFlow",
+    "SchrodingerBridge",
     "TrigFlow",
     "curricula",
     "metrics",

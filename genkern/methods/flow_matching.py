@@ -24,7 +24,7 @@ from .flow import Flow, flow_path
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ..flows.couplings import Coupling
+    from ..flows.couplings import Coupling, Sourced
     from ._training import LossOptions, Times
 
 
@@ -61,7 +61,7 @@ class FlowMatching(Flow):
         *,
         t: Any = None,
         times: Times = None,
-        coupling: Coupling | None = None,
+        coupling: Coupling | Sourced | None = None,
         **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.23), one fused pass before the network and one after it.
@@ -73,8 +73,8 @@ class FlowMatching(Flow):
             times: how they are drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
                 (methods.times; LossSecondMoment is Diffusion's alone); or their distribution, a callable of uniforms
                 [B] giving t [B], or (t, weight), such as those of genkern.flows; or t itself.
-            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
-                as flows.couplings has it; default independent.
+            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), flows.Gathered(...)
+                over several processes, or another callable as flows.couplings has it; default independent.
             options: LossOptions; noise as a tensor is x0, from any source.
 
         Returns:

@@ -8,6 +8,8 @@ repeat on the rectified coupling (z0, z1), z1 the flow's end from z0: reflow. On
     x0, x1 = flow.pairs(model, (4096, 1, 8, 8), steps=20)
     loss = flow.loss(straighter, x1[some], x0=x0[some])
 
+and all of it, with the pairs on disk, any number of rounds and the distillation, in reflow.py.
+
 Liu, Gong, Liu, arXiv:2209.03003.
 """
 
@@ -25,18 +27,18 @@ from ..rows import Out, Row
 from ..samplers import Dopri5, loop, network
 from ..samplers.table import Sampler
 from ._training import Batch
-from .flow import Flow
+from .reflow import Reflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
-    from ..flows.couplings import Coupling
+    from ..flows.couplings import Coupling, Sourced
     from ._training import LossOptions, Times
 
 
-class RectifiedFlow(Flow):
+class RectifiedFlow(Reflow):
     """Rectified flow from a source to the data. The network is called as model(x, t, **cond), t float32 [B] in [0, 1].
 
     Source: section 13.3.
@@ -53,7 +55,7 @@ class RectifiedFlow(Flow):
         *,
         t: Any = None,
         times: Times = None,
-        coupling: Coupling | None = None,
+        coupling: Coupling | Sourced | None = None,
         **options: Unpack[LossOptions],
     ) -> Tensor:
         """Eq. (13.24), one fused pass before the network and one after it.
@@ -66,8 +68,8 @@ class RectifiedFlow(Flow):
             times: how they are drawn: "uniform" (the default), "stratified", "antithetic", or a TimeSampler
                 (methods.times; LossSecondMoment is Diffusion's alone); or their distribution, a callable of uniforms
                 [B] giving t [B], or (t, weight), such as those of genkern.flows; or t itself.
-            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), or another callable
-                as flows.couplings has it; default as they are given.
+            coupling: which source is paired with which data: flows.Optimal(), flows.Sinkhorn(), flows.Gathered(...)
+                over several processes, or another callable as flows.couplings has it; default as they are given.
             options: LossOptions.
 
         Returns:

@@ -6,6 +6,7 @@
     LinearVP    log alpha^2 = -(the integral of beta(s) ds)         the same with continuous time; data at t = 0
     CosineVP    sigma / alpha = tan(a t + c)                        data at t = 0, up to a noise level
     Cosine, Polynomial, Custom, Reversed                            interpolants.py; data at t = 1
+    VelocityOnly                                                    a velocity, without alpha and sigma
 
 The seed's alpha of section 13.1 is the cumulative product, here alphas_cumprod. Schedules of betas are in schedules.py,
 what all paths share (predictions and their conversion) in base.py.
@@ -14,7 +15,7 @@ what all paths share (predictions and their conversion) in base.py.
 from .base import PREDICTIONS, Linear, Path
 from .continuous import ContinuousVP, CosineVP, LinearVP
 from .discrete import DiscreteVP
-from .flows import VE, CondOT
+from .flows import VE, CondOT, VelocityOnly
 from .interpolants import Cosine, Custom, Polynomial, Reversed
 from .schedules import SCHEDULES, alphas_cumprod_of, betas, rescale_zero_snr, shift_noise_level
 
@@ -33,6 +34,7 @@ __all__ = [
     "Path",
     "Polynomial",
     "Reversed",
+    "VelocityOnly",
     "alphas_cumprod_of",
     "betas",
     "rescale_zero_snr",

@@ -1,4 +1,4 @@
-"""The paths of sections 13.2 to 13.4: conditional optimal transport, and variance exploding."""
+"""The paths of sections 13.2 to 13.4: conditional optimal transport, variance exploding; one known by its velocity."""
 
 from __future__ import annotations
 
@@ -66,3 +66,35 @@ class VE(Path):
 
     def time_at(self, noise_level: Any) -> Any:
         return noise_level
+
+
+class VelocityOnly(Path):
+    """A path of which a network says the velocity alone, t in [0, 1]: x_t is no alpha(t) x1 + sigma(t) x0 with the same
+    scales in every sample, so that no data can be read off x_t and v. Its source is N(0, I), sigma(0) = 1.
+
+    alpha, sigma at other times, and their derivatives raise a ValueError: what asks for them (guide, init, mask,
+    apg, along) has no meaning here.
+    """
+
+    start, stop = 0.0, 1.0
+
+    def alpha(self, t: Any) -> Any:
+        raise self._unknown("alpha")
+
+    def sigma(self, t: Any) -> Any:
+        if isinstance(t, float) and t == 0.0:
+            return 1.0
+        raise self._unknown("sigma")
+
+    def d_alpha(self, t: Any) -> Any:
+        raise self._unknown("alpha'")
+
+    def d_sigma(self, t: Any) -> Any:
+        raise self._unknown("sigma'")
+
+    def time_at(self, noise_level: Any) -> Any:
+        raise self._unknown("noise level")
+
+    @staticmethod
+    def _unknown(what: str) -> ValueError:
+        return ValueError(f"path: this flow has a velocity, and no {what} by which data could be read off a state")

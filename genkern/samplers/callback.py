@@ -66,12 +66,12 @@ def _checked(found: Any, x: Tensor) -> Tensor | Stop | None:
 
 
 @contextlib.contextmanager
-def bar(progress: bool, total: int) -> Any:
+def bar(progress: bool, total: int, desc: str = "sample") -> Any:
     """A bar of `total` steps where progress is asked for; it gives what counts one."""
     if not progress:
         yield lambda: None
         return
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    with tqdm(total=total, desc="sample", unit="step") as shown:
+    with tqdm(total=total, desc=desc, unit="step") as shown:
         yield shown.update

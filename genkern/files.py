@@ -1,0 +1,80 @@
+"""Files that are whole or absent: written under a temporary name, synced to the disk, then renamed.
+
+A process that is killed at any moment leaves the old file, or none, and at most a file *.tmp beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def safetensors() -> Any:
+    """The package. ImportError: it is not installed."""
+    try:
+        import safetensors as found
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("pairs and networks on disk need safetensors: pip install 'genkern[reflow]'") from None
+    return found
+
+
+@contextlib.contextmanager
+def replaced(path: pathlib.Path, alone: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`; what is written there takes path's place when the block ends without an error.
+
+    alone: no other process writes this file now, so that what one that was killed left beside it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        _synced(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _synced(path.parent)  # the rename itself
+
+
+def _synced(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors by name: their dtypes, shapes and bytes, on any device."""
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
+    """A Module's parameters and buffers as safetensors, and what it was made with."""
+    with replaced(path, alone=True) as temporary:
+        safetensors().torch.save_model(network, str(temporary), {"settings": settings})
+
+
+def load_network(network: Any, path: pathlib.Path, settings: str) -> Any:
+    """The network, with the parameters and buffers of a file. ValueError: one that was made with other settings."""
+    with safetensors().safe_open(path, "pt") as f:
+        found = (f.metadata() or {}).get("settings")
+    if found != settings:
+        raise ValueError(f"path: expected a network of the same settings, {path} has {found!r}, asked for {settings!r}")
+    safetensors().torch.load_model(network, str(path))
+    return network

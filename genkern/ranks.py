@@ -1,0 +1,36 @@
+"""Which process of several this is: of torch.distributed where it is initialised, or as the caller says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import check
+
+
+def distributed() -> Any:
+    """torch.distributed where this process is one of an initialised group, else None."""
+    import torch.distributed as dist
+
+    return dist if dist.is_available() and dist.is_initialized() else None
+
+
+def placed(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """(rank, world_size): both given, or both None: those of torch.distributed, else 0 and 1.
+
+    Raises:
+        ValueError: one without the other; not 0 <= rank < world_size.
+    """
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank: expected rank and world_size, or neither, got {rank} and {world_size}")
+    if rank is None:
+        group = distributed()
+        return (0, 1) if group is None else (group.get_rank(), group.get_world_size())
+    count = check.integer("world_size", world_size, 1)
+    return check.integer("rank", rank, 0, count - 1), count
+
+
+def barrier() -> None:
+    """Waits for every process of the group, where there is one."""
+    group = distributed()
+    if group is not None:
+        group.barrier()

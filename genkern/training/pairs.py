@@ -1,0 +1,106 @@
+"""Training on the pairs of a coupling from the disk: genkern.training.fit, an average, and one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .. import check, ranks
+from ..flows.pair_store import PairStore
+from ..noise import Noise
+from ..samplers.callback import bar
+from .ema import EMA
+from .trainer import fit
+
+
+class PairFitOptions(TypedDict, total=False):
+    """How a network is trained on pairs.
+
+    steps: optimiser steps, >= 1; default 10,000.
+    batch_size: pairs a step, over all processes; default 256.
+    lr, warmup, weight_decay, betas: as of training.fit; lr defaults to 2e-4.
+    ema_decay: of the average that is returned, in [0, 1); default 0.999, less over the first steps.
+    loss_options: further arguments of the loss, such as times=, kind=, weight=.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    betas: tuple[float, float]
+    ema_decay: float
+    loss_options: Mapping[str, Any]
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """PairFitOptions with their defaults. TypeError: an unknown option."""
+    unknown = options.keys() - PairFitOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"fit: expected {', '.join(PairFitOptions.__annotations__)}, got {sorted(unknown)[0]!r}")
+    return {"steps": 10_000, "batch_size": 256, "lr": 2e-4, "ema_decay": 0.999, "loss_options": {}, **options}
+
+
+def fit_pairs(
+    network: nn.Module,
+    loss: Callable[..., Tensor],
+    store: PairStore,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Trains a network on a store of pairs, in place.
+
+    Where torch.distributed is initialised every process has its part of each batch, and gradients are averaged by
+    DistributedDataParallel; noise and times are functions of a sample's place in the whole batch, so that the training
+    is the same for any number of processes, up to rounding.
+
+    Args:
+        network: its parameters have to require a gradient.
+        loss: loss(network, x1, x0, cond=, noise=, **options["loss_options"]), such as that of RectifiedFlow.
+        store: complete.
+        seed: of the batches' order and of the losses' noise.
+        progress: show a bar (tqdm).
+        options: PairFitOptions.
+
+    Returns:
+        The average of the network, in eval mode, without gradients.
+
+    Raises:
+        ValueError: the store is not complete; batch_size is no multiple of the number of processes; as of fit().
+        TypeError: an unknown option.
+    """
+    asked = checked_options(options)
+    missing = store.missing()
+    if missing:
+        raise ValueError(f"pairs: expected all {store.shards} shards in {store.path}, {len(missing)} are missing")
+    steps, batch_size, decay = asked.pop("steps"), asked.pop("batch_size"), asked.pop("ema_decay")
+    further = asked.pop("loss_options")
+    rank, world_size = ranks.placed(None, None)
+    if check.integer("batch_size", batch_size, 1) % world_size:
+        raise ValueError(f"batch_size: expected a multiple of {world_size}, the processes, got {batch_size}")
+    size = batch_size // world_size
+    device = next(network.parameters()).device
+    average = EMA(network, decay)
+    called: nn.Module = network
+    if world_size > 1:
+        called = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+    places = torch.arange(rank * size, (rank + 1) * size, device=device)
+
+    def of_batch(pairs: Any, step: int) -> Tensor:
+        noise = Noise(seed, stream=step, sample_ids=places)
+        return loss(called, pairs.x1, pairs.x0, cond=pairs.cond, noise=noise, **further)
+
+    def update(step: int) -> None:
+        average.update(network, decay=min(decay, (1 + step) / (10 + step)))  # the initial weights are no part of it
+
+    batches = store.batches(size, seed=seed, device=device)
+    with bar(progress, steps, "train") as tick:
+        fit(
+            network.parameters(), of_batch, batches, steps=steps, after_step=update, progress=lambda _: tick(), **asked
+        )  # fmt: skip
+    return average.module.eval()
