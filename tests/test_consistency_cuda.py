@@ -11,7 +11,7 @@ from torch import nn
 
 import genkern as gk
 from genkern.methods import PathTeacher, metrics
-from genkern.training import EMA, EMASet, PowerDecay
+from genkern.training import EMA, EMASet, Guard, PowerDecay
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not cuda_works(), reason=NO_CUDA)]
 
@@ -58,16 +58,18 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_training_step_does_not_wait_for_the_device(name):
-    """The loss, its gradient, a fused optimiser, and the averages."""
+    """The loss, its gradient, the guard, a fused optimiser, and the averages."""
     net, teacher, x = Net().cuda(), Net().cuda().eval(), torch.randn(64, 8, device="cuda")
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    average, several = EMA(net, 0.9), EMASet(net, (0.99, PowerDecay(0.1)))
+    average, several, guard = EMA(net, 0.9), EMASet(net, (0.99, PowerDecay(0.1))), Guard("cuda")
 
     def step(k):
         optimizer.zero_grad(set_to_none=True)
-        LOSSES[name](net, teacher, x, gk.Noise(0, stream=k)).backward()
-        optimizer.step()
-        average.update(net)
+        loss = LOSSES[name](net, teacher, x, gk.Noise(0, stream=k))
+        loss.backward()
+        guard.watch(k, loss, net.parameters())
+        guard.step(optimizer)
+        average.update(net, guard=guard)
         several.update(net)
 
     step(0)  # tables are copied, and the optimiser's state is made, once

@@ -139,6 +139,7 @@ class TrigFlow:
 
         Raises:
             ValueError, TypeError: an argument is not what it may be; an output has another shape than x.
+            FloatingPointError: the tangent is not finite; looked at on the CPU, and under gk.debug(values=True).
         """
         w, mean = check.number("warmup", warmup, 0.0, 1.0), check.number("mean", mean)
         std = check.number("std", std, 0.0)
@@ -167,7 +168,11 @@ class TrigFlow:
         )  # fmt: skip
         with torch.no_grad():
             g, sums = reduce_row(Row((tangent,)), x=batch.x, m=still, h=(turn, *slope), noise=batch.z)
-            scale = 1.0 if tangent_c is None else 1.0 / (sums[:, 0].sqrt() + tangent_c)
+            norms = sums[:, 0].sqrt()
+            check.finite(
+                "tangent", norms, "of the model's output and its derivative" + ", and the teacher's" * len(slope)
+            )
+            scale = 1.0 if tangent_c is None else 1.0 / (norms + tangent_c)
         m = batch.call(seen, t)
         found = batch.squares(m, h=(still, g), h_coefs=(1.0, scale)) / max(math.prod(x.shape[1:]), 1)
         if log_weight is not None:

@@ -2,6 +2,7 @@
 
 from .ema import EMA
 from .emas import EMASet, PowerDecay
+from .guard import Guard
 from .trainer import fit
 
-__all__ = ["EMA", "EMASet", "PowerDecay", "fit"]
+__all__ = ["EMA", "EMASet", "Guard", "PowerDecay", "fit"]
