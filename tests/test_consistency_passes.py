@@ -66,7 +66,7 @@ def test_passes_and_small_operations_of_a_loss(name, kernels, monkeypatch):
             tables[key] = make()
         return tables[key]
 
-    for module in (methods.consistency, methods.consistency_training):
+    for module in (methods.consistency_distillation, methods.consistency_training):
         monkeypatch.setattr(module, "kept", kept)
     method, options, full, tensors, small = LOSSES[name]
     student, x = Returns(True), torch.randn(SHAPE)

@@ -21,6 +21,8 @@ from ..samplers import network
 from ._replay import drawn_again
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..samplers import Preconditioned
     from ._training import Batch, Metric
 
@@ -45,12 +47,14 @@ def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
+def frozen(
+    batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str, given: Mapping[str, Any] | None = None
+) -> Tensor:
     """A network beside the student, in its own dtype, without gradient. What a target draws, dropout, is drawn again by
-    the student's call after it."""
+    the student's call after it. given: as in Batch.call()."""
     again = drawn_again(model, seen.device) if name == "target" else contextlib.nullcontext()
     with torch.no_grad(), again:
-        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
+        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name, given)
 
 
 def pair_loss(
