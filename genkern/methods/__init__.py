@@ -8,9 +8,13 @@ from .flow_matching import FlowMatching
 from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
 from .teachers import PathTeacher
+from .time_search import search_times
 from .trigflow import TrigFlow
+from .zero_shot import Blocks, Colours
 
 __all__ = [
+    "Blocks",
+    "Colours",
     "Consistency",
     "Diffusion",
     "FlowMatching",
@@ -20,6 +24,7 @@ __all__ = [
     "TrigFlow",
     "curricula",
     "metrics",
+    "search_times",
     "times",
     "weightings",
 ]

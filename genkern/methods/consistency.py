@@ -26,6 +26,7 @@ from ..samplers.table import Sampler, stages_of
 from ._training import Batch
 from .consistency_distillation import ConsistencyDistillation
 from .flow import sampler_named
+from .zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ._training import LossOptions
 
 
-class Consistency(ConsistencyDistillation):
+class Consistency(ConsistencyDistillation, ZeroShot):
     """A consistency model and its teacher. Networks are called as F(c_in x, c_noise, **cond), c_noise float32 [B].
 
     Args:
@@ -184,10 +185,7 @@ class Consistency(ConsistencyDistillation):
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
         """
-        if times is None:
-            grid = self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
-        else:
-            grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
+        grid = self._decreasing(steps, times)
         grid, more = editing.begun(grid, self.function, {"scale": float(grid[0]), **loop.known(options)})
         stages = stages_of(Multistep(self.sigma_min), self.function, grid)
         return loop.run(model, stages, shape, along=self.function, clip=clip, **more)
@@ -234,6 +232,11 @@ class Consistency(ConsistencyDistillation):
         grid, more = editing.begun(grid, self.teacher, {"scale": float(grid[0]), **loop.known(options)})
         stages = stages_of(sampler_named(sampler), self.teacher, grid)
         return loop.run(teacher, stages, shape, along=self.teacher, **more)
+
+    def _decreasing(self, steps: int | None, times: Any) -> np.ndarray:
+        if times is None:
+            return self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
+        return self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
 
     def _given(self, steps: int | None, times: Any) -> np.ndarray:
         if steps is not None:

@@ -13,6 +13,7 @@ from .edm_heun import EDMHeun
 from .euler import Euler
 from .guidance import APG
 from .heun import Heun
+from .interpolation import interpolate
 from .inversion import DDIMInversion
 from .loop import Options, run
 from .midpoint import Midpoint
@@ -47,5 +48,6 @@ __all__ = [
     "Sampler",
     "Stage",
     "UniPC",
+    "interpolate",
     "run",
 ]
