@@ -32,6 +32,7 @@ from genkern.training import trainer
 
 JUDGE_STEPS, METRIC_STEPS = 500, 400
 SIDE, STRIDE = 32, 8
+TIME_SCALE = 0.25  # of what networks are told: high frequencies make derivatives by the time noisy
 FLOOR_SPLITS = 5
 
 
@@ -47,7 +48,8 @@ class PatchNetwork(nn.Module):
 
     def __init__(self, width: int = 64, times: int = 1) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 2.0 * math.pi * torch.logspace(math.log10(0.25), math.log10(8.0), 16))
+        frequencies = TIME_SCALE * torch.logspace(math.log10(0.25), math.log10(8.0), 16)
+        self.register_buffer("frequencies", 2.0 * math.pi * frequencies)
         told = 2 * width
         self.time = nn.Sequential(nn.Linear(32 * times, told), nn.SiLU(), nn.Linear(told, told), nn.SiLU())
         self.first = nn.Conv2d(12, width, 3, padding=1)
@@ -201,9 +203,13 @@ def digits(device: torch.device, batch: int, quick: bool, seed: int) -> Task:
     found = data.load(seed, device)
     judge = DigitJudge(found, 100 if quick else JUDGE_STEPS, seed)
     return Task(
-        "digits", found.images, found.labels, (0.02, 20.0), 13, lambda times: DigitNetwork(times=times), judge,
+        "digits", found.images, found.labels, (0.02, 20.0), 13, _digit_network, judge,
         50 if quick else METRIC_STEPS, batch, seed,
     )  # fmt: skip
+
+
+def _digit_network(times: int) -> nn.Module:
+    return DigitNetwork(time_scale=TIME_SCALE, times=times)
 
 
 def patches(device: torch.device, batch: int, quick: bool, seed: int) -> Task:

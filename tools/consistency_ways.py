@@ -36,7 +36,7 @@ from genkern.training import EMA, trainer
 
 AVERAGE, LR = 0.995, 1e-3
 CD_DECAY = 0.95  # of the target in (13.32)
-CT_S1, CT_MU0, ICT_S1, ECT_STAGES = 64, 0.9, 160, 8
+CT_S1, CT_MU0, ICT_S1, ECT_STAGES = 16, 0.9, 160, 8
 TEACHER_STEPS = 18  # Heun's, the last one Euler's: 35 calls
 TEACHER_CALLS = 2 * TEACHER_STEPS - 1
 

@@ -3,6 +3,7 @@
 from .ema import EMA
 from .emas import EMASet, PowerDecay
 from .guard import Guard
+from .posthoc import reconstruct
 from .trainer import fit
 
-__all__ = ["EMA", "EMASet", "Guard", "PowerDecay", "fit"]
+__all__ = ["EMA", "EMASet", "Guard", "PowerDecay", "fit", "reconstruct"]

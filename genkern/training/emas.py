@@ -9,7 +9,7 @@ t^(gamma + 1). The standard deviation of this profile over t is its relative len
 
     sigma_rel = ((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))^(1/2),      gamma >= 0:  sigma_rel <= 12^(-1/2).
 
-Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, arXiv:2312.02696, section 3.1 and appendix C.
+Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, arXiv:2312.02696, section 3.1; appendix C, eqs. (121), (123), (127).
 """
 
 from __future__ import annotations
