@@ -6,7 +6,8 @@
 with F^- the student without gradient, D the elements of a sample, |g| a sample's norm. dx/dt is the noising's own,
 cos(t) z - sin(t) x (consistency training), or sd F_teacher(x_t / sd, t) (distillation). dF^-/dt is the derivative along
 the trajectory, (dF/dx) dx/dt / sd + dF/dt, taken forward mode and already times cos(t) sin(t), which keeps it finite
-near pi/2. w rises from 0 to 1 at the beginning of a training. ln(tan(t) sd) ~ N(mean, std^2).
+near pi/2. w rises from 0 to 1 at the beginning of a training. ln(tan(t) sd) ~ N(mean, std^2); the defaults, -1 and 1.4,
+are those of the paper's CIFAR-10 (appendix G.2).
 
 Lu, Song, arXiv:2410.11081, eqs. (4) to (8), algorithm 1.
 """
