@@ -53,7 +53,7 @@ LOSSES = {
     "CD, Euler": ("loss", CD | {"solver": "euler"}, 4, 14, 16),
     "CT": ("training_loss", {"target": OTHER}, 3, 9, 16),
     "iCT": ("improved_loss", {}, 3, 9, 24),
-    "ECT": ("tuning_loss", {"stage": 3}, 3, 9, 80),
+    "ECT": ("tuning_loss", {"stage": 3}, 3, 9, 60),
 }
 
 

@@ -36,13 +36,16 @@ COLUMNS = (
 
 def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
     """The rows' coefficients at the lower times r and the upper times t, as they are: [.] each."""
-    in_t, in_r, skip_t, skip_r = f.c_in(t), f.c_in(r), f.c_skip(t), f.c_skip(r)
+    both = torch.stack([r, t])  # one small operation for the two of them
+    c_in, skip = f.c_in(both), f.c_skip(both)
+    columns = (f.c_noise(both), c_in, c_in * both, f.c_out(both), skip, skip * both)
+    (noise_r, noise_t), (in_r, in_t), (in_r_z, in_t_z), (out_r, out_t), (skip_r, skip_t), (skip_r_z, skip_t_z) = columns
     return {
-        "lower": r, "upper": t, "noise_lower": f.c_noise(r), "noise_upper": f.c_noise(t),
-        "in_upper": in_t, "in_upper_z": in_t * t, "in_lower": in_r, "in_lower_z": in_r * r,
-        "out_upper": f.c_out(t), "out_lower": f.c_out(r),
-        "skip_upper": skip_t, "skip_upper_z": skip_t * t, "skip_lower": skip_r, "skip_lower_z": skip_r * r,
-        "x": skip_r - skip_t, "z": skip_r * r - skip_t * t,
+        "lower": r, "upper": t, "noise_lower": noise_r, "noise_upper": noise_t,
+        "in_upper": in_t, "in_upper_z": in_t_z, "in_lower": in_r, "in_lower_z": in_r_z,
+        "out_upper": out_t, "out_lower": out_r,
+        "skip_upper": skip_t, "skip_upper_z": skip_t_z, "skip_lower": skip_r, "skip_lower_z": skip_r_z,
+        "x": skip_r - skip_t, "z": skip_r_z - skip_t_z,
         "gap": t - r,
     }  # fmt: skip
 
