@@ -171,7 +171,8 @@ class FeatureDistance:
 class Task:
     """A data set, ready for training and judging.
 
-    images: float32 [N, C, H, W] in [-1, 1], on the device.   sigma: (sigma_min, sigma_max) of the consistency models.
+    images: float32 [N, C, H, W] in [-1, 1], on the device.   std: of all their numbers.   sigma: (sigma_min, sigma_max)
+    of the consistency models.
     times: N of (13.30) in distillation; its intervals split evenly into 2 and 4.   network: times -> a new network.
     judge, metric: of samples, and of two images.
     """
@@ -182,15 +183,12 @@ class Task:
     ) -> None:  # fmt: skip
         self.name, self.images, self.sigma, self.times, self.judge = name, images, sigma, times, judge
         self.metric = FeatureDistance(images, labels, steps, batch, seed + 1)
+        self.std = float(images.std())
         self._network, self._seed = network, seed
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.images.shape[1:])
-
-    @property
-    def std(self) -> float:
-        return float(self.images.std())
 
     def network(self, times: int = 1) -> nn.Module:
         """A new network; its weights are a function of the seed."""
