@@ -23,7 +23,12 @@ class Late(Guard):
 
     def watch(self, step, loss, parameters):
         super().watch(step, loss, parameters)
+        self.watched = step + 1
         return None
+
+    @property
+    def behind(self):
+        return self.watched
 
 
 class Net(nn.Module):

@@ -52,7 +52,9 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
 
 def _finite(name: str, what: str, x: Tensor) -> None:
     """FloatingPointError: a number of x is not finite, and gk.debug(values=True) asks."""
-    if debug.values and not check.compiling() and not bool(x.detach().isfinite().all()):
+    if not debug.values or check.compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if not bool(x.detach().isfinite().all()):
         raise FloatingPointError(f"{name}: expected finite numbers in its {what}, got NaN or infinite ones")
 
 

@@ -25,7 +25,8 @@ SLOTS = 64  # copies under way at most: the host is never further ahead of what 
 class Guard:
     """Watches a training on one device.
 
-    Buffers that a forward pass writes, as BatchNorm's, are not guarded, nor is what else the caller does in a step.
+    Buffers that a forward pass writes, as BatchNorm's, are not guarded, nor is what else the caller does in a step. It
+    is not for use with torch.amp.GradScaler, which skips bad steps itself, and looks for others to come.
 
     Args:
         device: of the parameters.
@@ -43,6 +44,11 @@ class Guard:
         self._copies = torch.zeros(SLOTS if self._on_cuda else 0, pin_memory=self._on_cuda)
         self._under_way: collections.deque[tuple[int, int, Any]] = collections.deque()
         self._next = 0
+
+    @property
+    def behind(self) -> int:
+        """Steps whose flag the host has not looked at."""
+        return len(self._under_way)
 
     @torch.no_grad()
     def watch(self, step: int, loss: Tensor, parameters: Iterable[torch.nn.Parameter]) -> int | None:
@@ -71,7 +77,7 @@ class Guard:
         torch.maximum(self.flag, (~loss.detach().isfinite().all()).float(), out=self.flag)
         if self._on_cuda:
             self._send(step)
-            self._look(wait=len(self._under_way) == SLOTS)
+            self._look(wait=self.behind == SLOTS)
         elif self.bad is None and float(self.flag):
             self.bad = step
         return self.bad

@@ -19,7 +19,7 @@ import torch
 
 from .. import check
 from .._debug import debug
-from .guard import SLOTS, Guard
+from .guard import Guard
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -78,7 +78,7 @@ def fit(
     optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
     guard = Guard(params[0].device) if guard is None else guard
     losses: list[torch.Tensor] = []
-    recent: collections.deque[Any] = collections.deque(maxlen=SLOTS)  # batches, of which one may have to be asked again
+    recent: collections.deque[Any] = collections.deque()  # batches of steps that the host has not looked at
     source = iter(batches)
     for step in range(steps):
         try:
@@ -94,6 +94,8 @@ def fit(
         recent.append(batch)
         if guard.watch(step, loss, params) is not None:
             raise _not_finite(guard, losses, recent, loss_fn, steps)
+        while len(recent) > guard.behind:
+            recent.popleft()
         guard.step(optimizer)
         if after_step is not None:
             after_step(step)
@@ -120,6 +122,6 @@ def _not_finite(
         try:
             with debug(values=True), torch.no_grad():
                 loss_fn(recent[-back], step)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:  # a network's, or a coefficient's
             reason = f" ({error})"
     return FloatingPointError(f"{what}: expected finite numbers, {got} at step {step} of {steps}{reason}")
