@@ -8,7 +8,7 @@ the running average of f, without gradient. (13.31)'s Euler rule is x - (t_n - t
 _distillation.py has the solvers' rows. A guided teacher is D_u + w (D_c - D_u), formed in the passes that read it; f
 may be told w.
 
-Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469, algorithm 2; Luo, Tan, Huang, Li, Zhao, arXiv:2310.04378, section 4.3
+Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469, algorithm 2; Luo, Tan, Huang, Li, Zhao, arXiv:2310.04378, section 4.2
 (guidance).
 """
 
