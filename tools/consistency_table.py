@@ -148,7 +148,7 @@ def picture_self(result: dict[str, Any], path: Path) -> None:
     colours = dict(zip((way.name for way in WAYS), COLOURS, strict=True))
     for name, values in result["self_consistency"]["ways"].items():
         axes.plot(times[:-1], values[:-1], color=colours[name], marker="o", markersize=3, label=name)
-    _log_axes(axes, "time t of the state", "root mean square of f(x_t, t) - f at the end, over sd")
+    _log_axes(axes, "time t of the state", "deviation of f along a trajectory, over sd")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=10)
     figure.text(0.02, 0.94, "Self-consistency along the teacher's trajectories", fontsize=13, weight="bold")
     figure.savefig(path, dpi=110, facecolor="white")
