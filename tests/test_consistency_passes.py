@@ -50,6 +50,7 @@ CD = {"teacher": OTHER, "target": OTHER}
 # (method, its options, passes over whole tensors, tensors that these read and write, small operations)
 LOSSES = {
     "CD": ("loss", CD, 5, 19, 16),
+    "CD, DPM-Solver++": ("loss", CD | {"solver": "dpmpp_2s"}, 5, 19, 16),
     "CD, Euler": ("loss", CD | {"solver": "euler"}, 4, 14, 16),
     "CT": ("training_loss", {"target": OTHER}, 3, 9, 16),
     "iCT": ("improved_loss", {}, 3, 9, 24),

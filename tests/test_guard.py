@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import NO_CUDA, cuda_works
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern as gk
 from genkern.noise import Noise
@@ -132,6 +133,18 @@ def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is(fused, device)
         fit([p], lambda batch, k: p.sqrt().sum(), [0], steps=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_number_of_a_gradient_of_any_type_is_enough(dtype, value, device):
+    net, guard, loss = nn.Linear(5, 5).to(device, dtype), Guard(device), torch.ones((), device=device)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    guard.watch(0, loss, net.parameters())
+    net.weight.grad[2, 3] = value
+    guard.watch(1, loss, net.parameters())
+    assert guard.finish() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_averages_under_a_guard_move_as_without_it_until_the_flag(dtype, device):
     net, guard = Net().to(device, dtype), Guard(device)
@@ -149,6 +162,32 @@ def test_averages_under_a_guard_move_as_without_it_until_the_flag(dtype, device)
     guard.watch(0, torch.tensor(math.inf, device=device), [])
     two.update(net, guard=guard)
     assert alike(before, tensors(*(a.module for a in two.averages)))
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_guarded_step_do_not_grow_with_the_parameters():
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    net(torch.randn(2, 3)).sum().backward()
+    guard, average, loss = Guard("cpu"), EMA(net, 0.9), torch.ones(())
+    with Calls() as watched:
+        guard.watch(0, loss, net.parameters())
+    with Calls() as moved:
+        average.update(net, guard=guard)
+    free = ("detach", "_local_scalar_dense")  # the CPU's look at the flag
+    assert [name for name in watched.names if name not in free] == [
+        "clone", "_amp_foreach_non_finite_check_and_unscale_"
+    ]  # fmt: skip
+    names = [name for name in moved.names if name not in free]
+    assert names == ["_foreach_sub", "_foreach_mul_", "rsub", "_foreach_mul_", "_foreach_add_"]
 
 
 class Bad(nn.Module):

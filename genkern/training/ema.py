@@ -56,7 +56,7 @@ class EMA:
         Args:
             model: of the same parameters.
             decay: of this update alone.
-            guard: of the training: from its first bad step on the average stays where it is. Four launches, not one.
+            guard: of the training: from its first bad step on the average stays where it is. Five launches, not one.
         """
         update_all([self], [self.decay if decay is None else checked_decay(decay)], model, guard)
 

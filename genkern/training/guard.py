@@ -13,12 +13,14 @@ The optimiser's part is the one that torch's gradient scaler uses: fused optimis
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CHECKED = (torch.float32, torch.float16, torch.float64)  # by the gradient scaler's kernel, on every torch
 SLOTS = 64  # copies under way at most: the host is never further ahead of what it has looked at
 
 
@@ -54,7 +56,8 @@ class Guard:
     def watch(self, step: int, loss: Tensor, parameters: Iterable[torch.nn.Parameter]) -> int | None:
         """Between backward() and the optimiser's step: whether this step or one before it is bad.
 
-        Two to four launches and one pass over the gradients, and no wait on CUDA unless 64 steps are not looked at.
+        A few launches, however many the parameters are, and one pass over the gradients. No wait on CUDA unless 64
+        steps are not looked at.
 
         Args:
             step: its number, for the report.
@@ -64,17 +67,16 @@ class Guard:
         Returns:
             The first bad step that the host knows of by now; on CUDA that may be an earlier one. None: none.
         """
-        alike: dict[torch.dtype, list[Tensor]] = {}
+        alike: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss.detach().clone()]}
         for p in parameters:
             if p.grad is not None:
                 alike.setdefault(p.grad.dtype, []).append(p.grad)
-        for grads in alike.values():
-            if self.flag.device.type in ("cpu", "cuda"):
-                torch._amp_foreach_non_finite_check_and_unscale_(grads, self.flag, self._one)
+        for dtype, tensors in alike.items():
+            if dtype in CHECKED and self.flag.device.type in ("cpu", "cuda"):
+                torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.flag, self._one)
             else:
-                bad = torch.stack([~g.isfinite().all() for g in grads]).any()
-                torch.maximum(self.flag, bad.float(), out=self.flag)
-        torch.maximum(self.flag, (~loss.detach().isfinite().all()).float(), out=self.flag)
+                largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+                torch.maximum(self.flag, (~largest.isfinite()).any().float(), out=self.flag)
         if self._on_cuda:
             self._send(step)
             self._look(wait=self.behind == SLOTS)
