@@ -6,7 +6,8 @@ from types import TracebackType
 
 
 class debug:  # noqa: N801  (a switch that reads as a call)
-    """Check the values of device tensors too: coefficients that are NaN or out of range, times outside the path.
+    """Check the values of device tensors too: coefficients that are NaN or out of range, times outside the path; and
+    on every device, that a network's input and output are finite.
 
     A switch, or a context manager that restores what was before:
 

@@ -457,6 +457,14 @@ def _values(name: str, value: Any, low: float, high: float) -> None:
             raise ValueError(f"{name}: expected {_range(low, high)}, got {number} at index {index}")
 
 
+def finite(name: str, value: Any, source: str) -> None:
+    """FloatingPointError: a number of a small array [B] that is looked at here (_visible) is not finite."""
+    if _visible(value):
+        for index, number in enumerate(value.tolist()):
+            if not -math.inf < number < math.inf:
+                raise FloatingPointError(f"{name}: expected finite numbers, got {number} at index {index}, {source}")
+
+
 def _range(low: float, high: float) -> str:
     if low > -math.inf and high < math.inf:
         return f"a number from {low:g} to {high:g}"

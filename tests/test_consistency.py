@@ -85,7 +85,7 @@ def test_perfect_teacher_minimises_its_loss():
         assert float(consistency.teacher_loss(lambda a, t, c=change: c * perfect(a, t), x, **options)) > best
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2s"])
 @pytest.mark.parametrize("kind", RHO)
 def test_distillation_loss_and_gradient_are_those_of_the_written_out_formula(solver, kind, device):
     consistency, noise = gk.Consistency(), Noise(9)
@@ -102,6 +102,11 @@ def test_distillation_loss_and_gradient_are_those_of_the_written_out_formula(sol
         x_hat = x_high + dt * first
         if solver == "heun":
             x_hat = x_high + dt / 2 * (first + slope(teacher, x_hat, low))
+        if solver == "dpmpp_2s":  # as in its paper, in lambda = -ln sigma
+            h = (high / low).log()[:, None]
+            middle = (high * low).sqrt()
+            x_middle = middle[:, None] / high[:, None] * x_high - torch.expm1(-h / 2) * f_of(teacher, x_high, high, 0.0)
+            x_hat = (low / high)[:, None] * x_high - torch.expm1(-h) * f_of(teacher, x_middle, middle, 0.0)
         goal = f_of(target, x_hat, low)
     weight = torch.linspace(0.5, 1.5, 6, dtype=F64, device=device)
     expected = (weight * RHO[kind](f_of(student, x_high, high) - goal)).mean()
@@ -129,7 +134,7 @@ def test_without_a_target_the_student_stands_for_it_without_gradient():
     torch.testing.assert_close(gradient(own, student), gradient(other, student))
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 2), ("heun", 3)])
+@pytest.mark.parametrize("solver, order", [("euler", 2), ("heun", 3), ("dpmpp_2s", 3)])
 def test_exact_function_has_the_loss_of_one_step_of_the_solver(solver, order):
     """The step's local error is of this order, and the loss its square."""
     consistency, std = gk.Consistency(), 0.8
@@ -240,7 +245,7 @@ def test_bad_argument_of_the_method_is_named(options, words):
 
 @pytest.mark.parametrize("options, words", [
     ({"n_steps": 1}, "n_steps: expected an integer >= 2, got 1"),
-    ({"solver": "rk4"}, "solver: expected one of 'heun', 'euler'"),
+    ({"solver": "rk4"}, "solver: expected one of 'heun', 'euler', 'dpmpp_2s'"),
     ({"n": 17}, "n: expected an integer from 0 to 16, got 17"),
     ({"n": torch.full((6,), 17)}, "n: expected integers from 0 to 16"),
     ({"kind": "lpips"}, "kind: expected one of"),

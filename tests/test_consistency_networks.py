@@ -35,6 +35,7 @@ class Sum(nn.Module):
 
 LOSSES = {
     "CD": lambda net, x: gk.Consistency().loss(net, x, teacher=net),
+    "CD, DPM-Solver++": lambda net, x: gk.Consistency().loss(net, x, teacher=net, solver="dpmpp_2s"),
     "CT": lambda net, x: gk.Consistency().training_loss(net, x),
     "iCT": lambda net, x: gk.Consistency().improved_loss(net, x),
     "ECT": lambda net, x: gk.Consistency().tuning_loss(net, x, stage=3),
@@ -64,3 +65,24 @@ def test_loss_is_float32_and_gradients_finite_in_every_precision(name, model_dty
 def test_empty_batch_has_loss_0(name, device):
     loss = LOSSES[name](Sum(), torch.zeros(0, 3, 8, 8, device=device))
     assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_loss_and_gradients_finite_and_near_those_of_float32(name, dtype, device):
+    """At float32 parameters and data of the deviation that the methods take for theirs. The noise is the same."""
+    torch.manual_seed(0)
+    net, x = Images().to(device).eval(), 0.5 * torch.randn(64, 3, 8, 8, device=device)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)  # the seed of the noise is drawn from it
+        net.zero_grad()
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            loss = LOSSES[name](net, x)
+        scale = 1024.0 if enabled and dtype == torch.float16 else 1.0  # as a gradient scaler's
+        (scale * loss).backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in net.parameters()]) / scale))
+    (loss, gradient), (cast, cast_gradient) = found
+    assert cast.dtype == torch.float32 and cast.isfinite() and cast_gradient.isfinite().all()
+    torch.testing.assert_close(cast, loss, rtol=0.1, atol=0.0)
+    assert torch.nn.functional.cosine_similarity(cast_gradient, gradient, dim=0) > 0.9

@@ -15,7 +15,7 @@ import torch
 import genkern as gk
 from genkern import _library
 
-from . import loops, ops, peers
+from . import loops, ops, peers, training
 from .world import CAREFUL, DTYPES, GENKERN, TEXTBOOK, Case, World
 
 ALL = tuple(DTYPES)
@@ -111,6 +111,10 @@ def specs(device: torch.device) -> list[Spec]:
         Spec("path_loss", STORED, ops.path_loss),
         Spec("path_loss, forward and backward", STORED, bind(ops.path_loss, backward=True)),
         Spec("flow matching, around the network", STORED, loops.flow_training),
+        # Not in float16: the written formula's slope (x - D) / t rounds 2% of the largest number away.
+        Spec("CD, around the networks", STORED[:2], training.distillation),
+        Spec("ECT, around the networks", STORED, training.tuning),
+        Spec("sCM, around the network", STORED, training.continuous),
     ]
     if device.type == "cpu":
         for isa in instruction_sets():

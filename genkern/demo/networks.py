@@ -29,16 +29,17 @@ class DigitNetwork(nn.Module):
         width: channels of a patch.
         hidden: width of the dense block.
         time_scale: t is multiplied by it first, so that every family's time spans about 1.
+        times: 1, or 2 for a network of two times, called as network(x, t, r).
     """
 
     frequencies: torch.Tensor
 
-    def __init__(self, width: int = 64, hidden: int = 256, time_scale: float = 1.0) -> None:
+    def __init__(self, width: int = 64, hidden: int = 256, time_scale: float = 1.0, times: int = 1) -> None:
         super().__init__()
         channels, side = PATCH * PATCH, data.SHAPE[-1] // PATCH
         frequencies = torch.logspace(math.log10(0.25), math.log10(8.0), 16)
         self.register_buffer("frequencies", 2.0 * math.pi * time_scale * frequencies)
-        self.time = nn.Sequential(nn.Linear(2 * len(frequencies), 64), nn.SiLU())
+        self.time = nn.Sequential(nn.Linear(2 * times * len(frequencies), 64), nn.SiLU())
         self.widths = (width, hidden, width)
         self.modulation = nn.Linear(64, 2 * sum(self.widths))
         self.read = nn.Conv2d(channels, width, 3, padding=1)
@@ -48,9 +49,10 @@ class DigitNetwork(nn.Module):
         self.near_out = nn.Conv2d(width, width, 3, padding=1)
         self.write = nn.Conv2d(width, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x: [B, 1, 8, 8].  t: [B], integer or float."""
-        angle = t.to(x.dtype)[:, None] * self.frequencies
+    def forward(self, x: torch.Tensor, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [B, 1, 8, 8].  t, r: [B], integer or float."""
+        told = t[:, None, None] if r is None else torch.stack([t, r], dim=1)[:, :, None]
+        angle = (told.to(x.dtype) * self.frequencies).flatten(1)
         modulation = self.modulation(self.time(torch.cat([angle.sin(), angle.cos()], dim=1)))
         near_in, dense, near_out = (m.chunk(2, dim=1) for m in modulation.split([2 * w for w in self.widths], dim=1))
         h = self.read(F.pixel_unshuffle(x, PATCH))

@@ -10,9 +10,13 @@ from .mean_flow import MeanFlow
 from .rectified_flow import RectifiedFlow
 from .schrodinger_bridge import SchrodingerBridge
 from .teachers import PathTeacher
+from .time_search import search_times
 from .trigflow import TrigFlow
+from .zero_shot import Blocks, Colours
 
 __all__ = [
+    "Blocks",
+    "Colours",
     "ConditionalFlowMatching",
     "Consistency",
     "Diffusion",
@@ -24,6 +28,7 @@ __all__ = [
     "TrigFlow",
     "curricula",
     "metrics",
+    "search_times",
     "times",
     "weightings",
 ]

@@ -21,6 +21,8 @@ from ..samplers import network
 from ._replay import drawn_again
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..samplers import Preconditioned
     from ._training import Batch, Metric
 
@@ -34,23 +36,28 @@ COLUMNS = (
 
 def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
     """The rows' coefficients at the lower times r and the upper times t, as they are: [.] each."""
-    in_t, in_r, skip_t, skip_r = f.c_in(t), f.c_in(r), f.c_skip(t), f.c_skip(r)
+    both = torch.stack([r, t])  # one small operation for the two of them
+    c_in, skip = f.c_in(both), f.c_skip(both)
+    columns = (f.c_noise(both), c_in, c_in * both, f.c_out(both), skip, skip * both)
+    (noise_r, noise_t), (in_r, in_t), (in_r_z, in_t_z), (out_r, out_t), (skip_r, skip_t), (skip_r_z, skip_t_z) = columns
     return {
-        "lower": r, "upper": t, "noise_lower": f.c_noise(r), "noise_upper": f.c_noise(t),
-        "in_upper": in_t, "in_upper_z": in_t * t, "in_lower": in_r, "in_lower_z": in_r * r,
-        "out_upper": f.c_out(t), "out_lower": f.c_out(r),
-        "skip_upper": skip_t, "skip_upper_z": skip_t * t, "skip_lower": skip_r, "skip_lower_z": skip_r * r,
-        "x": skip_r - skip_t, "z": skip_r * r - skip_t * t,
+        "lower": r, "upper": t, "noise_lower": noise_r, "noise_upper": noise_t,
+        "in_upper": in_t, "in_upper_z": in_t_z, "in_lower": in_r, "in_lower_z": in_r_z,
+        "out_upper": out_t, "out_lower": out_r,
+        "skip_upper": skip_t, "skip_upper_z": skip_t_z, "skip_lower": skip_r, "skip_lower_z": skip_r_z,
+        "x": skip_r - skip_t, "z": skip_r_z - skip_t_z,
         "gap": t - r,
     }  # fmt: skip
 
 
-def frozen(batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str) -> Tensor:
+def frozen(
+    batch: Batch, model: Any, seen: Tensor, t: Tensor, name: str, given: Mapping[str, Any] | None = None
+) -> Tensor:
     """A network beside the student, in its own dtype, without gradient. What a target draws, dropout, is drawn again by
-    the student's call after it."""
+    the student's call after it. given: as in Batch.call()."""
     again = drawn_again(model, seen.device) if name == "target" else contextlib.nullcontext()
     with torch.no_grad(), again:
-        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name)
+        return batch.call(seen.to(network.dtype_of(model, seen.dtype)), t, model, name, given)
 
 
 def pair_loss(

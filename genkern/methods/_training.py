@@ -200,9 +200,9 @@ class Batch:
         return given.index_select(0, index)
 
     def call(
-        self, x: Tensor, t: Tensor, model: Any = None, name: str = "model", given: Mapping[str, Tensor] | None = None
+        self, x: Tensor, t: Tensor, model: Any = None, name: str = "model", given: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """The network, or another, at (x, t); given: further keyword arguments."""
+        """The network, or another, at (x, t); given: further keyword arguments, or others in place of cond's."""
         cond = self.cond if given is None else {**self.cond, **given}
         found = network.call(self.model if model is None else model, x, t, cond, name)
         return network.at_most(found, self.x.dtype)

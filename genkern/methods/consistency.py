@@ -2,12 +2,10 @@
 
     f(x, t)  = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)),   f(x, epsilon) = x               (13.29)
     dx/dt    = -t score(x, t) = (x - D(x, t)) / t                                                (13.27)
-    x^_{t_n} = x_{t_{n+1}} + (t_n - t_{n+1}) Phi(x_{t_{n+1}}, t_{n+1})                             (13.31)
-    L        = E lambda(t_n) d(f(x_{t_{n+1}}, t_{n+1}), f^-(x^_{t_n}, t_n))                        (13.32)
 
-on the times (13.30), with x_{t_{n+1}} ~ N(x, t_{n+1}^2 I), n uniform in 1 .. N-1, D the teacher's denoiser, f^- the
-running average of f, without gradient. (13.31)'s Euler rule is x - (t_n - t_{n+1}) t_{n+1} score(x, t_{n+1}). The
-scalings are in samplers/parameterization.py: with the shift by epsilon for f, without for D.
+with D the teacher's denoiser. The distillation, (13.31) and (13.32), is in consistency_distillation.py, what needs no
+teacher in consistency_training.py. The scalings are in samplers/parameterization.py: with the shift by epsilon for f,
+without for D.
 
 Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469; Karras et al., arXiv:2206.00364.
 """
@@ -22,28 +20,23 @@ from torch import Tensor
 
 from .. import check, grids, ops
 from ..fused import apply_row
-from ..kept import constant, kept
 from ..rows import Out, Row
 from ..samplers import Multistep, Preconditioned, editing, loop, network
 from ..samplers.table import Sampler, stages_of
-from ._distillation import COEFFICIENTS, columns
 from ._flow_samplers import sampler_named
-from ._pair import frozen
 from ._training import Batch
-from .consistency_training import ConsistencyTraining
-from .teachers import PathTeacher, checked
+from .consistency_distillation import ConsistencyDistillation
+from .zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from typing_extensions import Unpack
 
-    from ._training import LossOptions, Metric
-
-SOLVERS = ("heun", "euler")
+    from ._training import LossOptions
 
 
-class Consistency(ConsistencyTraining):
+class Consistency(ConsistencyDistillation, ZeroShot):
     """A consistency model and its teacher. Networks are called as F(c_in x, c_noise, **cond), c_noise float32 [B].
 
     Args:
@@ -123,74 +116,6 @@ class Consistency(ConsistencyTraining):
         m = batch.call(seen, self.teacher.c_noise(sigma))
         return batch.loss(m, batch.x, sigma, x_coef=in_scale / sd, noise_coef=c_in * -sd, noise=batch.z)
 
-    def loss(
-        self, model: Any, x: Tensor, *, teacher: Any, target: Any = None, n_steps: int = 18, solver: str = "heun",
-        n: Any = None, metric: Metric | None = None, **options: Unpack[LossOptions],
-    ) -> Tensor:  # fmt: skip
-        """Consistency distillation, eq. (13.32). Five fused passes around four network calls (Heun).
-
-        Args:
-            model: the student's F.
-            x: data.  [B, ...], floating.
-            teacher: the teacher's F, as teacher_loss() trains it, or a methods.PathTeacher: a network of another path.
-            target: F of f^-, a running average of the student (training.EMA); default the student itself. Neither
-                teacher nor target gets a gradient; a target in training mode has the student's dropout.
-            n_steps: N, the number of times (13.30), >= 2.
-            solver: of (13.31): "heun" or "euler".
-            n: int64 [B] or an integer of 0 .. N-2, the lower time's index (the seed's n less 1); default uniform.
-            metric: d(f, f^-) -> [B] (or [B, 1, ...]) instead of `kind`, as LPIPS is.
-            options: LossOptions; a callable weight is called with t_n, and is lambda. `kind` is the metric d.
-
-        Returns:
-            The loss, float32, of the gradient of `model`.
-
-        Raises:
-            ValueError, TypeError: an argument is not what it may be; the teacher's path does not have the noise levels
-                from epsilon to T; a network's output has another shape than x, or the metric's than [B].
-        """
-        n_steps = check.integer("n_steps", n_steps, 2)
-        heun = check.choice("solver", solver, SOLVERS) == "heun"
-        batch = Batch(model, x, options)
-        batch.measurable(metric)
-        other = teacher if isinstance(checked(teacher), PathTeacher) else None
-        table = self._table(n_steps, batch.device, batch.coef_dtype, other)
-        index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
-        c = dict(zip(COEFFICIENTS, table.index_select(1, index).unbind(0), strict=True))
-        wide, seen_dtype = batch.x.dtype, batch.model_dtype
-        target = model if target is None else target
-        taught, told_upper, told_lower = self._told(teacher, c)
-
-        outs = [Out(x=1.0, z=c["upper"]), Out(x=c["in_upper"], z=c["in_upper_z"])]
-        if other is not None:
-            outs.append(Out(x=c["teach_upper"], z=c["teach_upper_z"]))
-        x_upper, seen, *shown = apply_row(
-            Row(tuple(outs)), x=batch.x, noise=batch.z, dtypes=(wide, *(seen_dtype,) * (len(outs) - 1))
-        )
-        both = (wide, seen_dtype)
-        with torch.no_grad():
-            first = frozen(batch, taught, seen if other is None else shown[0], told_upper, "teacher")
-            to = "teach_euler" if heun else "in_euler"  # whose call is next
-            euler = Row((Out(x=c["euler_x"], m=c["euler_m"]), Out(x=c[f"{to}_x"], m=c[f"{to}_m"])))
-            x_hat, seen_lower = apply_row(euler, x=x_upper, m=first, dtypes=both)
-            if heun:
-                second = frozen(batch, taught, seen_lower, told_lower, "teacher")
-                corrector = Row((
-                    Out(h=(0.5,), x=c["heun_x"], m=c["heun_m"]),
-                    Out(h=(c["in_heun_h"],), x=c["in_heun_x"], m=c["in_heun_m"]),
-                ))  # fmt: skip
-                x_hat, seen_lower = apply_row(corrector, x=x_hat, m=second, h=(x_upper,), dtypes=both)
-            goal = frozen(batch, target, seen_lower, c["noise_lower"], "target")
-        m = batch.call(seen, c["noise_upper"])
-        if metric is not None:
-            f = ops.consistency_skip(x_upper, m, -c["minus_skip_upper"], c["out_upper"])
-            with torch.no_grad():
-                f_lower = ops.consistency_skip(x_hat, goal, c["skip_lower"], c["out_lower"])
-            return batch.measured(metric, f, f_lower, c["lower"])
-        return batch.loss(
-            m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
-            h_coefs=(c["skip_lower"], c["out_lower"]),
-        )  # fmt: skip
-
     @torch.no_grad()
     def self_consistency(
         self, model: Any, trajectory: Tensor, times: Any, cond: Mapping[str, Any] | None = None
@@ -260,10 +185,7 @@ class Consistency(ConsistencyTraining):
         Raises:
             ValueError, TypeError: an argument is not what it may be; the model's output has another shape than x.
         """
-        if times is None:
-            grid = self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
-        else:
-            grid = self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
+        grid = self._decreasing(steps, times)
         grid, more = editing.begun(grid, self.function, {"scale": float(grid[0]), **loop.known(options)})
         stages = stages_of(Multistep(self.sigma_min), self.function, grid)
         return loop.run(model, stages, shape, along=self.function, clip=clip, **more)
@@ -311,6 +233,11 @@ class Consistency(ConsistencyTraining):
         stages = stages_of(sampler_named(sampler), self.teacher, grid)
         return loop.run(teacher, stages, shape, along=self.teacher, **more)
 
+    def _decreasing(self, steps: int | None, times: Any) -> np.ndarray:
+        if times is None:
+            return self.times(check.integer("steps", 1 if steps is None else steps, 1) + 1)[::-1]
+        return self._given(steps, np.append(np.asarray(times, dtype=np.float64), self.sigma_min))
+
     def _given(self, steps: int | None, times: Any) -> np.ndarray:
         if steps is not None:
             raise ValueError(f"steps: expected None beside times, got {steps}")
@@ -330,29 +257,3 @@ class Consistency(ConsistencyTraining):
         given = network.conditions("cond", cond, x.shape[0])
         found = network.call(model, seen, told.expand(x.shape[0]).contiguous(), given)
         return ops.consistency_skip(x, network.at_most(found, x.dtype), c.c_skip(sigma), c.c_out(sigma))
-
-    @staticmethod
-    def _told(teacher: Any, c: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
-        """The teacher's network, and what it is told at the upper times and at the lower ones."""
-        if not isinstance(teacher, PathTeacher):
-            return teacher, c["noise_upper"], c["noise_lower"]
-        told = [c["teach_noise_upper"], c["teach_noise_lower"]]
-        upper, lower = [t.round().long() for t in told] if teacher.rounds else told
-        return teacher.network, upper, lower
-
-    @constant
-    def _table(self, n: int, device: torch.device, dtype: torch.dtype, other: PathTeacher | None) -> Tensor:
-        """The rows of a distillation step in the order of COEFFICIENTS, [., N-1]."""
-
-        def make() -> Tensor:
-            found = columns(self.function, self.times(n), self._scalings if other is None else other.scalings)
-            return torch.tensor(np.stack([found[name] for name in COEFFICIENTS]), dtype=dtype).to(device)
-
-        path = None if other is None else (other.path, other.prediction)
-        table: Tensor = kept(self._tables, (n, device, dtype, path), make)
-        return table
-
-    def _scalings(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """c_in, c_skip, c_out, c_noise of the teacher's F."""
-        d = self.teacher
-        return d.c_in(t), d.c_skip(t), d.c_out(t), np.log(t) / 4.0

@@ -6,7 +6,8 @@
 with F^- the student without gradient, D the elements of a sample, |g| a sample's norm. dx/dt is the noising's own,
 cos(t) z - sin(t) x (consistency training), or sd F_teacher(x_t / sd, t) (distillation). dF^-/dt is the derivative along
 the trajectory, (dF/dx) dx/dt / sd + dF/dt, taken forward mode and already times cos(t) sin(t), which keeps it finite
-near pi/2. w rises from 0 to 1 at the beginning of a training. ln(tan(t) sd) ~ N(mean, std^2).
+near pi/2. w rises from 0 to 1 at the beginning of a training. ln(tan(t) sd) ~ N(mean, std^2); the defaults, -1 and 1.4,
+are those of the paper's CIFAR-10 (appendix G.2).
 
 Lu, Song, arXiv:2410.11081, eqs. (4) to (8), algorithm 1.
 """
@@ -139,6 +140,7 @@ class TrigFlow:
 
         Raises:
             ValueError, TypeError: an argument is not what it may be; an output has another shape than x.
+            FloatingPointError: the tangent is not finite; looked at on the CPU, and under gk.debug(values=True).
         """
         w, mean = check.number("warmup", warmup, 0.0, 1.0), check.number("mean", mean)
         std = check.number("std", std, 0.0)
@@ -167,7 +169,11 @@ class TrigFlow:
         )  # fmt: skip
         with torch.no_grad():
             g, sums = reduce_row(Row((tangent,)), x=batch.x, m=still, h=(turn, *slope), noise=batch.z)
-            scale = 1.0 if tangent_c is None else 1.0 / (sums[:, 0].sqrt() + tangent_c)
+            norms = sums[:, 0].sqrt()
+            check.finite(
+                "tangent", norms, "of the model's output and its derivative" + ", and the teacher's" * len(slope)
+            )
+            scale = 1.0 if tangent_c is None else 1.0 / (norms + tangent_c)
         m = batch.call(seen, t)
         found = batch.squares(m, h=(still, g), h_coefs=(1.0, scale)) / max(math.prod(x.shape[1:]), 1)
         if log_weight is not None:

@@ -17,6 +17,7 @@ from .flow_refresh import CPS, Overshoot
 from .flow_sde import EulerMaruyama
 from .guidance import APG
 from .heun import Heun
+from .interpolation import interpolate
 from .inversion import DDIMInversion
 from .loop import Options, run
 from .midpoint import Midpoint
@@ -56,5 +57,6 @@ __all__ = [
     "Sampler",
     "Stage",
     "UniPC",
+    "interpolate",
     "run",
 ]

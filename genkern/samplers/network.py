@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import check
+from .._debug import debug
 
 
 class Wrapped:
@@ -31,7 +32,9 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
 
     Raises:
         ValueError: the output has another shape or device than x. TypeError: it is no floating tensor.
+        FloatingPointError: under gk.debug(values=True), input or output is not finite.
     """
+    _finite(name, "input", x)
     out = model(x, t, **cond)
     if not isinstance(out, Tensor):
         out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", out)
@@ -43,6 +46,7 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
         raise ValueError(f"{name}: expected output on {x.device} like its input, got {out.device}")
     if not check.is_float(out.dtype):
         raise TypeError(f"{name}: expected output of {check.FLOATS}, got {out.dtype}")
+    _finite(name, "output", out)
     return out
 
 
@@ -51,6 +55,14 @@ def range_of(model: Any, n: int, dtype: torch.dtype) -> Tensor:
     of its last call, under guidance of their conditional half.  [n, ...]"""
     v: Tensor = model.v
     return at_most(v[v.shape[0] - n :], dtype)
+
+
+def _finite(name: str, what: str, x: Tensor) -> None:
+    """FloatingPointError: a number of x is not finite, and gk.debug(values=True) asks."""
+    if not debug.values or check.compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if not bool(x.detach().isfinite().all()):
+        raise FloatingPointError(f"{name}: expected finite numbers in its {what}, got NaN or infinite ones")
 
 
 def at_most(m: Tensor, dtype: torch.dtype) -> Tensor:

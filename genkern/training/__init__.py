@@ -2,7 +2,9 @@
 
 from .ema import EMA
 from .emas import EMASet, PowerDecay
+from .guard import Guard
 from .pairs import fit_pairs
+from .posthoc import reconstruct
 from .trainer import fit
 
-__all__ = ["EMA", "EMASet", "PowerDecay", "fit", "fit_pairs"]
+__all__ = ["EMA", "EMASet", "Guard", "PowerDecay", "fit", "fit_pairs", "reconstruct"]

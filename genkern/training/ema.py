@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import check
+
+if TYPE_CHECKING:
+    from .guard import Guard
 
 
 class EMA:
@@ -47,14 +50,15 @@ class EMA:
         return [self._wide.get(k, p.detach()) for k, p in enumerate(self._held)]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float | None = None) -> None:
+    def update(self, model: nn.Module, decay: float | None = None, *, guard: Guard | None = None) -> None:
         """Move toward the model's parameters; copy its buffers.
 
         Args:
             model: of the same parameters.
             decay: of this update alone.
+            guard: of the training: from its first bad step on the average stays where it is. Five launches, not one.
         """
-        update_all([self], [self.decay if decay is None else checked_decay(decay)], model)
+        update_all([self], [self.decay if decay is None else checked_decay(decay)], model, guard)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -134,8 +138,9 @@ class EMA:
 
 
 @torch.no_grad()
-def update_all(emas: Sequence[EMA], decays: Sequence[float], model: nn.Module) -> None:
-    """Move averages of one model toward its parameters, each by its decay; copy its buffers."""
+def update_all(emas: Sequence[EMA], decays: Sequence[float], model: nn.Module, guard: Guard | None = None) -> None:
+    """Move averages of one model toward its parameters, each by its decay, unless the guard has seen a bad step; copy
+    its buffers."""
     for ema in emas:
         ema._check(model)
     new, buffers = [p.detach() for p in model.parameters()], list(model.buffers())
@@ -149,8 +154,13 @@ def update_all(emas: Sequence[EMA], decays: Sequence[float], model: nn.Module) -
         if kind not in cast:
             cast[kind] = _like(new, average)
         mine, toward, weights = mine + average, toward + cast[kind], weights + [1.0 - decay] * len(average)
-    if mine:
+    if mine and guard is None:
         torch._foreach_lerp_(mine, toward, weights)
+    elif mine and guard is not None:
+        moves = torch._foreach_sub(toward, mine)
+        torch._foreach_mul_(moves, weights)
+        torch._foreach_mul_(moves, 1.0 - guard.flag)
+        torch._foreach_add_(mine, moves)
     pairs: list[tuple[Tensor, Tensor]] = [(e._held[k], wide) for e in emas for k, wide in e._wide.items()]
     pairs += [pair for e in emas for pair in zip(e.module.buffers(), buffers, strict=True)]
     _copy([to for to, _ in pairs], [source for _, source in pairs])

@@ -9,20 +9,23 @@ t^(gamma + 1). The standard deviation of this profile over t is its relative len
 
     sigma_rel = ((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))^(1/2),      gamma >= 0:  sigma_rel <= 12^(-1/2).
 
-Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, arXiv:2312.02696, section 3.1 and appendix C.
+Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, arXiv:2312.02696, section 3.1; appendix C, eqs. (121), (123), (127).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from .. import check
 from .ema import EMA, checked_decay, update_all
+
+if TYPE_CHECKING:
+    from .guard import Guard
 
 LONGEST = 12.0**-0.5  # sigma_rel at gamma = 0: all steps alike
 
@@ -85,11 +88,12 @@ class EMASet:
         self.averages = tuple(EMA(model, d if isinstance(d, float) else 0.0) for d in self.decays)
         self.steps = 0
 
-    def update(self, model: nn.Module) -> None:
-        """Move all averages toward the model's parameters; copy its buffers."""
+    def update(self, model: nn.Module, *, guard: Guard | None = None) -> None:
+        """Move all averages toward the model's parameters; copy its buffers. guard: as of EMA.update(); `steps` counts
+        the bad ones too."""
         step = self.steps + 1
         decays = [d if isinstance(d, float) else d.decay(step) for d in self.decays]
-        update_all(self.averages, decays, model)
+        update_all(self.averages, decays, model, guard)
         self.steps = step
         for average, decay in zip(self.averages, decays, strict=True):
             average.decay = decay

@@ -10,6 +10,7 @@ Loshchilov, Hutter, "Decoupled weight decay regularization", arXiv:1711.05101; "
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from .. import check
+from .._debug import debug
+from .guard import Guard
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -37,6 +40,7 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.99),
     after_step: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    guard: Guard | None = None,
 ) -> list[float]:
     """Minimises loss_fn(batch, step) over the parameters, in place.
 
@@ -51,13 +55,18 @@ def fit(
         betas: AdamW's averages of the gradient and of its square.
         after_step: called with the step's number after each update, for an EMA or a target network.
         progress: called with the number of steps done, after each.
+        guard: watches the steps; default a new one. Given to EMA.update() in after_step too, it keeps bad steps out of
+            the average.
 
     Returns:
         The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
 
     Raises:
         ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps.
-        FloatingPointError: the loss became NaN or infinite; the message says at which step.
+        FloatingPointError: the loss or a gradient became NaN or infinite; the message says at which step, and where
+            loss_fn, called once more on that step's batch under gk.debug(values=True), says which network had them,
+            that too. The parameters are then those of the step before it. On the CPU it is raised in that step; on
+            CUDA as soon as the host knows, a few steps later, up to which after_step is called.
     """
     params = list(params)
     steps, warmup = check.integer("steps", steps, 1), check.integer("warmup", warmup, 0)
@@ -67,7 +76,9 @@ def fit(
     # One fused kernel a step instead of a few launches a tensor, where torch has it.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    guard = Guard(params[0].device) if guard is None else guard
     losses: list[torch.Tensor] = []
+    recent: collections.deque[Any] = collections.deque()  # batches of steps that the host has not looked at
     source = iter(batches)
     for step in range(steps):
         try:
@@ -79,14 +90,38 @@ def fit(
         loss = loss_fn(batch, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
         losses.append(loss.detach())
+        recent.append(batch)
+        if guard.watch(step, loss, params) is not None:
+            raise _not_finite(guard, losses, recent, loss_fn, steps)
+        while len(recent) > guard.behind:
+            recent.popleft()
+        guard.step(optimizer)
         if after_step is not None:
             after_step(step)
         if progress is not None:
             progress(step + 1)
+    if guard.finish() is not None:
+        raise _not_finite(guard, losses, recent, loss_fn, steps)
     found: list[float] = torch.stack(losses).double().tolist()
-    for step, value in enumerate(found):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss: expected finite numbers, got {value} at step {step} of {steps}")
     return found
+
+
+def _not_finite(
+    guard: Guard, losses: list[torch.Tensor], recent: collections.deque[Any],
+    loss_fn: Callable[[Any, int], torch.Tensor], steps: int,
+) -> FloatingPointError:  # fmt: skip
+    """The error of the guard's bad step, as exact as a second call of the loss makes it."""
+    step = guard.bad
+    assert step is not None
+    value, reason = float(losses[step]), ""
+    what = "loss" if not math.isfinite(value) else "gradient"
+    got = f"got {value}" if what == "loss" else f"got others, of a loss of {value:g},"
+    back = len(losses) - step
+    if back <= len(recent):
+        try:
+            with debug(values=True), torch.no_grad():
+                loss_fn(recent[-back], step)
+        except (FloatingPointError, ValueError) as error:  # a network's, or a coefficient's
+            reason = f" ({error})"
+    return FloatingPointError(f"{what}: expected finite numbers, {got} at step {step} of {steps}{reason}")
