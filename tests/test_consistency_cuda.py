@@ -36,23 +36,25 @@ class Net(nn.Module):
 
 
 FLOW = gk.FlowMatching()
+CONSISTENCY, NARROW = gk.Consistency(), gk.Consistency(0.05, 10.0)  # which keep their tables on the device
+TRIG, MEAN = gk.TrigFlow(), gk.MeanFlow()
 LOSSES = {
-    "CD": lambda net, teacher, x, noise: gk.Consistency().loss(net, x, teacher=teacher, noise=noise),
-    "CD, DPM-Solver++": lambda net, teacher, x, noise: gk.Consistency().loss(
+    "CD": lambda net, teacher, x, noise: CONSISTENCY.loss(net, x, teacher=teacher, noise=noise),
+    "CD, DPM-Solver++": lambda net, teacher, x, noise: CONSISTENCY.loss(
         net, x, teacher=teacher, solver="dpmpp_2s", noise=noise
     ),
-    "CD, a flow's teacher": lambda net, teacher, x, noise: gk.Consistency(0.05, 10.0).loss(
+    "CD, a flow's teacher": lambda net, teacher, x, noise: NARROW.loss(
         net, x, teacher=PathTeacher(teacher, FLOW), noise=noise
     ),
-    "CD, metric": lambda net, teacher, x, noise: gk.Consistency().loss(
+    "CD, metric": lambda net, teacher, x, noise: CONSISTENCY.loss(
         net, x, teacher=teacher, metric=metrics.AdaptiveL2(), noise=noise
     ),
-    "CT": lambda net, teacher, x, noise: gk.Consistency().training_loss(net, x, noise=noise),
-    "iCT": lambda net, teacher, x, noise: gk.Consistency().improved_loss(net, x, noise=noise),
-    "ECT": lambda net, teacher, x, noise: gk.Consistency().tuning_loss(net, x, stage=3, noise=noise),
-    "sCM, training": lambda net, teacher, x, noise: gk.TrigFlow().loss(net, x, noise=noise),
-    "sCM, distillation": lambda net, teacher, x, noise: gk.TrigFlow().loss(net, x, teacher=teacher, noise=noise),
-    "MeanFlow": lambda net, teacher, x, noise: gk.MeanFlow().loss(net, x, noise=noise),
+    "CT": lambda net, teacher, x, noise: CONSISTENCY.training_loss(net, x, noise=noise),
+    "iCT": lambda net, teacher, x, noise: CONSISTENCY.improved_loss(net, x, noise=noise),
+    "ECT": lambda net, teacher, x, noise: CONSISTENCY.tuning_loss(net, x, stage=3, noise=noise),
+    "sCM, training": lambda net, teacher, x, noise: TRIG.loss(net, x, noise=noise),
+    "sCM, distillation": lambda net, teacher, x, noise: TRIG.loss(net, x, teacher=teacher, noise=noise),
+    "MeanFlow": lambda net, teacher, x, noise: MEAN.loss(net, x, noise=noise),
 }
 
 

@@ -401,6 +401,6 @@ def test_captured_solve_on_a_device_has_the_bits_of_the_uncaptured_one(control):
 
     loop = gk.Loop(FLOW, network)
     for seed in range(3):
-        options = {"sampler": Dopri5(control=control), "seed": seed}
+        options = {"sampler": Dopri5(control=control), "seed": seed, "device": "cuda"}
         assert torch.equal(loop.sample((8, 4), **options), FLOW.sample(network, (8, 4), **options))
     assert loop.captured == 1

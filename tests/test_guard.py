@@ -22,6 +22,8 @@ SHAPE = (6, 2)
 class Late(Guard):
     """A host that looks at nothing before the end, as one that is far ahead of its device."""
 
+    watched = 0
+
     def watch(self, step, loss, parameters):
         super().watch(step, loss, parameters)
         self.watched = step + 1
