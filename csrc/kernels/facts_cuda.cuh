@@ -54,7 +54,7 @@ constexpr uint32_t kMapTerms[] = {
     terms(3, X | M | H | kPredicted),
 };
 
-// With elementwise coefficients, in float32 or beside a network of 16 bits: DDPM with a learned variance; inpainting.
+// With elementwise coefficients: DDPM with a learned variance; inpainting.
 constexpr uint32_t kElementwiseTerms[] = {
     terms(1, X | M | Scaled | kDrawn),
     terms(2, X | M | Scaled | kDrawn),

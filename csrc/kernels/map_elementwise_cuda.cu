@@ -29,11 +29,8 @@ struct MapElementwise {
 // Launches the kernel that was compiled for this pass, if there is one.
 bool launch_common(const MapArgs& args, const Walk& walk, const MapElementwise& map) {
   Types types;
-  if (!walk.linear || !known(args, walk, 0, types) || types == Types::half) return false;
-  const uint32_t terms = terms_of(args, 0);
-  constexpr auto kAll = std::make_index_sequence<std::size(kElementwiseTerms)>();
-  return types == Types::f32 ? launch_terms<kElementwiseTerms, Types::f32, Layout::linear>(terms, map, kAll)
-                             : launch_terms<kElementwiseTerms, Types::mixed, Layout::linear>(terms, map, kAll);
+  return walk.linear && known(args, walk, 0, types) &&
+         launch_types<kElementwiseTerms, Layout::linear>(terms_of(args, 0), types, map);
 }
 
 }  // namespace
