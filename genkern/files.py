@@ -35,7 +35,10 @@ def replaced(path: pathlib.Path, alone: bool = False) -> Iterator[pathlib.Path]:
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # that of any new file here; safetensors makes files that only their owner may read
         _synced(temporary)
         os.replace(temporary, path)
     except BaseException:

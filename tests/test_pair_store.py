@@ -256,6 +256,12 @@ def test_a_shard_takes_its_own_pairs_alone(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_files_have_the_mode_of_any_new_file(tmp_path):
+    store = FLOW.write_pairs(Net(), tmp_path, SHAPE, **OPTIONS)
+    (tmp_path / "new").touch()
+    assert store.file(0).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_what_fails_while_it_is_written_leaves_the_old_file(tmp_path):
     file = tmp_path / "a"
     file.write_text("old")
