@@ -176,6 +176,10 @@ def section(result: dict[str, Any]) -> str:
         last = row["way"]
     ceiling = " | ".join(f"{result['ceiling'][name]:.4f}" for name in names)
     lines += [f"| noise | | | {ceiling} |", ""]
+    missing = [way.name for way in WAYS if way.name not in result["seconds"]]
+    if missing:
+        lines.append(f"The run was cut off by a time limit before {', '.join(missing)}.")
+        return "\n".join(lines) + "\n"
     for suffix, words in (("", "quality against calls, and samples"), ("_self", "self-consistency")):
         lines.append(f"![{a['data']}: {words}](images/consistency_{a['data']}{suffix}.png)")
     return "\n".join(lines) + "\n"
@@ -199,8 +203,11 @@ def main(
     batch: Annotated[int, typer.Option(help="Images a step.")] = BATCH,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; writes under --out alone.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the JSON.")] = RESULTS,
+    page_of: Annotated[Path | None, typer.Option(help="Train nothing: the page's table from this JSON.")] = None,
 ) -> None:
     """Train every way on a data set, judge it at 1, 2 and 4 calls, and write the page."""
+    if page_of is not None:
+        return rewrite(json.loads(page_of.read_text(encoding="utf-8")), PAGE)
     if data not in TASKS:
         sys.exit(f"--data: expected one of {', '.join(TASKS)}, got {data!r}")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

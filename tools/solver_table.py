@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import genkern as gk
@@ -275,6 +276,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
                         )  # fmt: skip
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(True, color="#e2e2e2", linewidth=0.8)
             axes.set_title(name, fontsize=11, loc="left")
             axes.set_xlabel(label)

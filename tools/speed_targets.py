@@ -19,7 +19,7 @@ from genkern.bench.world import COMPILED, FLOOR_GRAPHED, GENKERN, GRAPHED, TEXTB
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, COUNTERS, PAGE = ROOT / "benchmarks/results", ROOT / "benchmarks/counters", ROOT / "docs/speed.md"
 BEGIN, END = "<!-- targets: begin -->", "<!-- targets: end -->"
-DRAWN = ("randn", "add_noise", "eta 1", "path_loss")  # ops that draw noise
+DRAWN = ("randn", "add_noise", "eta 1", "path_loss", "learned variance", "inpainting")  # ops that draw noise
 Row = dict[str, Any]
 
 
@@ -102,7 +102,8 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
         [r for r in loops if "MLP" in r["case"]],
         [r for r in loops if "UNet" in r["case"] or "DiT" in r["case"]],
     )
-    training = [r for r in rows if r["kind"] == "training"]
+    training = [r for r in rows if r["kind"] == "training" and r["case"].startswith("flow matching")]
+    consistency = [r for r in rows if r["kind"] == "training" and r not in training]
     of_peak = lambda r: max(t / 3.35e12 for t in [r["bytes_per_second"][GENKERN]])  # noqa: E731
     halves = [r for r in training if r["dtype"] == "bfloat16"]
     steps = [r for r in training if "peak" in r["seconds"][GENKERN]]
@@ -111,6 +112,13 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
     def memory(row: Row) -> float:
         """Peak bytes over those of x_t and the gradient."""
         return float(row["seconds"][GENKERN]["peak"] / (2 * row["count"] * (4 if row["dtype"] == "float32" else 2)))
+
+    def of_compiled(row: Row) -> float:
+        """Peak bytes over those of the compiled formula."""
+        return float(row["seconds"][GENKERN]["peak"] / row["seconds"][COMPILED]["peak"])
+
+    def compared(value: Callable[[Row], float | None]) -> tuple[str, str]:
+        return "; ".join(f"{named(r)} {value(r):.2f}" for r in consistency), ""
 
     host = result.get("host", [])
     small = [{"case": r["call"], "dtype": "float32", **r} for r in host if r["call"] != "x * 2.0"]
@@ -134,6 +142,9 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
         ("training step, bfloat16: eager's time over ours >= 8", *listed(halves, over_eager, 8.0)),
         ("the same: torch.compile's over ours >= 2.5", *listed(halves, over_compiled, 2.5)),
         ("the same: peak memory over x_t and the gradient <= 1.01", *listed(steps, memory, 1.01, high=False)),
+        ("consistency, a step around the networks: eager's time over ours", *compared(over_eager)),
+        ("the same: torch.compile's over ours", *compared(over_compiled)),
+        ("the same: our peak memory over torch.compile's", *compared(of_compiled)),
         ("captured loop, MLP: us a step over the graph of the network <= 2", *listed(mlp, over_floor, 2.0, high=False)),
         ("captured loop, UNet and DiT: over that graph <= 1.05", *listed(networks, floor_ratio, 1.05, high=False)),
         ("host: a raw call over x * 2.0 <= 1.2", *listed(raw, lambda r: r["ratio"], 1.2, high=False)),
