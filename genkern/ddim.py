@@ -50,4 +50,6 @@ def coefficients(prediction: str, path: Sequence[Any], use_pred: bool) -> Coeffi
         sigma_t = sigma_t.double() if check.is_tensor(sigma_t) else sigma_t
     else:
         found = Coefficients(*rows.ddim_numbers(formula, alpha_t, sigma_t, alpha_s, sigma_s, eta, use_pred=use_pred))
+    if not check.is_tensor(eta) and eta == 0.0:
+        found = found._replace(d=0.0)  # a number, so that a row of it draws nothing
     return found._replace(b=-sigma_t * found.b, m=-sigma_t * found.m) if of_score else found

@@ -176,7 +176,12 @@ def _thresholded(
     y, c_x, c_m, d = others
     terms = {"x": x, "m": m, "m_uncond": uncond, "names": _DDIM}
     if _torch_side().differentiated([t for t in (x, m, uncond, a, b, guidance) if check.is_tensor(t)]):
-        data = threshold.applied(apply_row(Row((Out(x=a, m=b),), guidance=guidance), **terms)[0])
+        import torch
+
+        # The quantile and the clamp are of float32, as the kernel's are, where the state has 16 bits.
+        wide = torch.float32 if x.dtype.itemsize == 2 else x.dtype
+        (y_wide,) = apply_row(Row((Out(x=a, m=b),), guidance=guidance), dtypes=(wide,), **terms)
+        data = threshold.applied(y_wide).to(x.dtype)
         of_data = (Out(h=(1.0,)),) if return_pred else ()
         return Row((Out(x=c_x, m=c_m, h=(y,), z=d), *of_data), guidance=guidance), (data,)
     s = threshold.bound(quantile_row(Row((Out(y=1.0),), (a, b), guidance=guidance), threshold.ratio, **terms)).double()

@@ -26,7 +26,7 @@ from ..noise import Noise
 from ..rows import W
 from ..samplers import loop, network
 from ..samplers.callback import STOP, observe
-from ..samplers.editing import Inpaint
+from ..samplers.editing import Inpaint, weights_of
 from ..samplers.guidance import Outputs
 from ..samplers.passes import Buffers, First, Live, Update
 from . import conditions
@@ -45,8 +45,18 @@ def kind_of(task: loop.Run, part: loop.Part) -> Hashable:
         part.n, task.shape[1:], task.dtype, task.model_dtype, task.time_dtype, task.clip, task.device, start,
         task.start_scale, task.scale, part.noise.sample_ids is None, task.step_noise is None,
         conditions.signature(part.cond), _guidance_kind(part.guidance), task.guided,
-        None if task.inpaint is None else task.inpaint.kind, autocast, isinstance(task.model, network.Wrapped),
+        None if task.inpaint is None else task.inpaint.kind, _of_path(task), autocast,
+        isinstance(task.model, network.Wrapped),
     )  # fmt: skip
+
+
+def _of_path(task: loop.Run) -> Hashable:
+    """What a plan has from the path beside its stages, whose rows may be the same on another: the weights of what is
+    known, and how APG reads the data."""
+    blended = None if task.inpaint is None else tuple(weights_of(task, i) for i in range(len(task.stages)))
+    if task.guided is None or task.guided.apg is None or task.along is None:
+        return blended
+    return blended, tuple(tuple(map(float, task.along.data(stage.called_at))) for stage in task.stages)
 
 
 def _guidance_kind(guidance: Any) -> Hashable:
@@ -259,7 +269,7 @@ class Plan:
     def _tensors(self) -> list[Tensor]:
         given = [t for t in (self._ids, self._guidance, self._z) if t is not None]
         given += [*self._outputs.tensors(), *(self._inpaint or ())]
-        tables = [table for step in self._steps.values() for table in step.tables]
+        tables = [table for step in self._steps.values() for table in (*step.tables, *step.update.tensors())]
         return [*self._buffers.tensors(), *self._moments.tensors(), *tables, *given, *conditions.tensors(self._cond)]
 
 

@@ -65,6 +65,10 @@ class BySample:
             self._prediction = torch.tensor(_PREDICTION, device=table.device)
             self._unbounded = torch.tensor(_UNBOUNDED, device=table.device)
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device."""
+        return [] if self._table is None else [self._factor_of, self._prediction, self._unbounded]
+
     def factors(self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None) -> dict[int, Tensor]:
         """f, 1 / s and s of every sample, float64 [B], by their columns."""
         found = {} if rescale is None else {RESCALE: rescale}

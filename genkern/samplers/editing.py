@@ -107,6 +107,8 @@ def inpainting(mask: Any, known: Any, like: Tensor, start: Tensor | None) -> Inp
             raise TypeError(f"{name}: expected a tensor of {check.FLOATS}, got {getattr(value, 'dtype', type(value))}")
     if known.shape != like.shape:
         raise ValueError(f"known: expected shape {tuple(like.shape)}, got {tuple(known.shape)}")
+    if mask.requires_grad:
+        raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
     flags = mask.dtype == torch.bool
     mask = mask.to(like.device) if flags else mask.to(like.device, like.dtype)
     known = known.to(like.device, like.dtype)

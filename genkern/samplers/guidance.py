@@ -281,7 +281,9 @@ class Outputs:
         spread, wanted = (squares - sums[:, :2].square() / size).clamp(min=0.0).unbind(1)
         varies = spread > 1e-14 * squares[:, 0]
         ratio = torch.where(varies, wanted / torch.where(varies, spread, 1.0), 1.0)
-        return phi * ratio.sqrt() + (1.0 - phi)
+        # Of 0, where the conditional output is constant, the root has no finite derivative.
+        root = torch.where(ratio > 0.0, torch.where(ratio > 0.0, ratio, 1.0).sqrt(), 0.0)
+        return phi * root + (1.0 - phi)
 
     def _projected(self, apg: APG, stage: Tensor, x: Tensor, m_c: Tensor, m_u: Tensor, w: Tensor) -> Tensor:
         """m' = m_c + c r - (1 - eta) c k y_c,  c = (w - 1) s / b, from the sums of r^2, r y_c and y_c^2."""
@@ -294,8 +296,9 @@ class Outputs:
         r_r, r_y, y_y = sums[:, 2:].unbind(1)
         c = (w - 1.0) / b
         if apg.norm != math.inf:
-            c = c * (apg.norm / r_r.sqrt()).clamp(max=1.0)
-        along = (apg.eta - 1.0) * c * torch.where(y_y > 0.0, r_y / y_y, 0.0)
+            differs = r_r > 0.0
+            c = c * torch.where(differs, apg.norm / torch.where(differs, r_r, 1.0).sqrt(), 1.0).clamp(max=1.0)
+        along = (apg.eta - 1.0) * c * torch.where(y_y > 0.0, r_y / torch.where(y_y > 0.0, y_y, 1.0), 0.0)
         # m_u + (1 + c b) (m_c - m_u) is m_c + c b (m_c - m_u) without the difference of two large numbers.
         outs = [Out(x=along * a, m=1.0, h=(along * b, *[beta * c for beta in momentum]))]
         h: tuple[Tensor, ...] = (m_c, *before)

@@ -121,6 +121,10 @@ class Update:
         """Whether numbers of its row depend on the data."""
         return self._by_sample is not None
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device beside the loop's buffers."""
+        return [] if self._by_sample is None else self._by_sample.tensors()
+
     @property
     def kind(self) -> Hashable:
         """What of a pass is no number: two of one kind, over the same buffers, differ in their rows alone."""
