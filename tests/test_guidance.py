@@ -269,3 +269,19 @@ def test_apg_is_refused_where_a_call_says_nothing_of_the_data():
     for broken in ({"norm": 0.0}, {"momentum": 1.0}, {"eta": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(broken))}: expected"):
             gk.APG(**broken)
+
+
+@pytest.mark.parametrize("form", [{"guidance_rescale": 0.7}, {"apg": gk.APG(norm=1.0)}], ids=str)
+def test_a_constant_conditional_output_has_a_finite_gradient(form):
+    scale = torch.ones((), requires_grad=True)
+
+    def network(x, t, y):
+        m = x * y[:, None] * scale
+        return m if len(m) == 2 else torch.cat([m[:2], 0.0 * m[2:]])
+
+    options = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.full((2,), 0.5)}, "guidance_scale": 2.0}
+    found = gk.FlowMatching().sample(
+        network, x0=torch.randn(2, 4), steps=2, sampler="euler", differentiable=True, **options, **form
+    )
+    (gradient,) = torch.autograd.grad(found.sum(), scale)
+    assert found.isfinite().all() and gradient.isfinite()

@@ -138,3 +138,18 @@ def test_a_short_loop_is_one_graph_and_steps_are_captured_when_they_are_watched(
     assert [graph.replays for graph in capture.graphs] == ([1, 1] if short else [4, 3])  # 1: timed
     loop.sample(SHAPE, steps=6, seed=0, return_trajectory=True)
     assert [graph.replays for graph in capture.graphs] == ([4, 1, 3] if short else [7, 6])
+
+
+def test_paths_whose_stages_are_equal_do_not_share_a_capture(captures):
+    """A flow's ODE rows are of the velocity alone; what is known and APG's data are of the path."""
+    straight, other = gk.FlowMatching(), gk.FlowMatching(path="cosine")
+
+    def call(x, t, y=None):
+        return rotating(x, t) if y is None else conditioned(x, t, y)
+
+    y = {"cond": {"y": torch.zeros(5)}, "uncond": {"y": torch.ones(5)}, "guidance_scale": 2.0}
+    edits = {"mask": torch.rand(SHAPE) > 0.5, "known": torch.randn(SHAPE)}
+    for options in (edits, {**y, "apg": gk.APG()}):
+        for flow in (straight, other, straight):
+            given = {"steps": 4, "seed": 3, **options}
+            same(flow.sample(call, SHAPE, **given, cuda_graph=True), flow.sample(call, SHAPE, **given))

@@ -241,3 +241,14 @@ def test_a_step_is_as_few_passes_as_this(form, clip, expected, kernels, monkeypa
         assert passes.names[first:second] == ["map", "map", "cat"]
     else:
         assert passes.names[first:second] == passes.names[second:third] == expected
+
+
+def test_a_step_without_noise_draws_none_whatever_its_path_values_are():
+    x, m = torch.randn(2, 3, 8).unbind()
+    alpha_t, alpha_s = torch.tensor([0.6, 0.5, 0.7]), torch.tensor([0.8, 0.7, 0.9])
+    torch.manual_seed(0)
+    first = torch.rand(())
+    torch.manual_seed(0)
+    sigma_t, sigma_s = (1 - alpha_t**2).sqrt(), (1 - alpha_s**2).sqrt()
+    gk.ops.ddim_step(x, m, alpha_t, sigma_t, alpha_s, sigma_s, clip=gk.DynamicThreshold(0.9))
+    assert torch.rand(()) == first

@@ -91,11 +91,14 @@ class Inpaint(NamedTuple):
         return self.keep.dtype
 
 
-def inpainting(mask: Any, known: Any, like: Tensor, start: Tensor | None) -> Inpaint | None:
+def inpainting(
+    mask: Any, known: Any, like: Tensor, start: Tensor | None, differentiable: bool
+) -> Inpaint | None:  # fmt: skip
     """The options mask and known, checked, for a state like `like`, laid out as a given start is.
 
     Raises:
-        ValueError, TypeError: one of them alone, another shape, another type, a mask outside [0, 1].
+        ValueError, TypeError: one of them alone, another shape, another type, a mask outside [0, 1], or, where a
+            gradient is kept, one that requires it.
     """
     if mask is None and known is None:
         return None
@@ -107,9 +110,9 @@ def inpainting(mask: Any, known: Any, like: Tensor, start: Tensor | None) -> Inp
             raise TypeError(f"{name}: expected a tensor of {check.FLOATS}, got {getattr(value, 'dtype', type(value))}")
     if known.shape != like.shape:
         raise ValueError(f"known: expected shape {tuple(like.shape)}, got {tuple(known.shape)}")
-    if mask.requires_grad:
+    if mask.requires_grad and differentiable:
         raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
-    flags = mask.dtype == torch.bool
+    flags, mask = mask.dtype == torch.bool, mask.detach()
     mask = mask.to(like.device) if flags else mask.to(like.device, like.dtype)
     known = known.to(like.device, like.dtype)
     keep = ~check.mask(mask, like) if flags else 1.0 - check.mask(check.inside("mask", mask, 0.0, 1.0), like)

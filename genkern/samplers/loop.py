@@ -274,7 +274,8 @@ def prepared(
     steering = energy.checked(guide, guide_scale, guide_through, guide_cond, stages, along, like)
     if steering is not None and differentiable:
         raise ValueError("guide: expected None with differentiable=True, as it takes gradients of its own")
-    inpaint = editing.inpainting(mask, known, torch.empty((), dtype=dtype, device=where).expand(size), start)
+    state = torch.empty((), dtype=dtype, device=where).expand(size)
+    inpaint = editing.inpainting(mask, known, state, start, differentiable)
     if inpaint is not None and along is None:
         raise ValueError("mask: expected None where the sampler's path is not known, got a tensor")
     batch = size[0] if batch_size is None else check.integer("batch_size", batch_size, 1)
