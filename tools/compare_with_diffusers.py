@@ -63,9 +63,9 @@ learned variance is read by the step's own pass, and inpainting is part of it.
 before it, for a quantile of every sample (of samples beyond 16384 elements, one a digit of the numbers); so does
 `guidance_rescale`, for the sums of its standard deviations. Between the two torch computes with a number a sample: a
 captured step has about 20 such operations, 35 with both. A pass has at most three outputs: where state, network input
-(of another dtype, or doubled for guidance) and kept predictions are more, a second pass copies the input from the state.
-`lower_order_final` (on by default) ends a run of fewer than 15 steps with lower orders, as diffusers does; the step to
-clean data has order 1.
+(of another dtype, or doubled for guidance) and kept predictions are more, a second pass copies the input from the
+state. `lower_order_final` (on by default) ends a run of fewer than 15 steps with lower orders, as diffusers does; the
+step to clean data has order 1.
 
 `step_noise=gk.BrownianNoise(seed)` drives the stochastic ones along one Brownian path, whatever the steps; `heun`
 refuses it with churn, which goes back to higher noise levels.
