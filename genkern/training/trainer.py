@@ -55,8 +55,9 @@ def fit(
         betas: AdamW's averages of the gradient and of its square.
         after_step: called with the step's number after each update, for an EMA or a target network.
         progress: called with the number of steps done, after each.
-        guard: watches the steps; default a new one. Given to EMA.update() in after_step too, it keeps bad steps out of
-            the average.
+        guard: watches the steps; default a new one, of all processes where torch.distributed is initialised: for one
+            that trains by itself Guard(device, alone=True). Given to EMA.update() in after_step too, it keeps bad steps
+            out of the average.
 
     Returns:
         The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
@@ -66,7 +67,9 @@ def fit(
         FloatingPointError: the loss or a gradient became NaN or infinite; the message says at which step, and where
             loss_fn, called once more on that step's batch under gk.debug(values=True), says which network had them,
             that too. The parameters are then those of the step before it. On the CPU it is raised in that step; on
-            CUDA as soon as the host knows, a few steps later, up to which after_step is called.
+            CUDA as soon as the host knows, a few steps later, up to which after_step is called. Of several processes
+            all raise it in the same step (on CUDA eight later, or at the end), and none calls loss_fn again, whose
+            collectives the others might not enter.
     """
     params = list(params)
     steps, warmup = check.integer("steps", steps, 1), check.integer("warmup", warmup, 0)
@@ -115,6 +118,11 @@ def _not_finite(
     step = guard.bad
     assert step is not None
     value, reason = float(losses[step]), ""
+    if guard.shared:
+        return FloatingPointError(
+            f"loss or gradient: expected finite numbers in every process, got others at step {step} of {steps} "
+            f"(the loss of this process was {value:g})"
+        )
     what = "loss" if not math.isfinite(value) else "gradient"
     got = f"got {value}" if what == "loss" else f"got others, of a loss of {value:g},"
     back = len(losses) - step
