@@ -34,7 +34,8 @@ class Guard:
     """Watches a training on one device, or the part of it in this process.
 
     Buffers that a forward pass writes, as BatchNorm's, are not guarded, nor is what else the caller does in a step. It
-    is not for use with torch.amp.GradScaler, which skips bad steps itself, and looks for others to come.
+    is not for use with torch.amp.GradScaler, which skips bad steps itself, and looks for others to come. After a bad
+    step a guard is spent: another training needs another one.
 
     Args:
         device: of the parameters.
@@ -85,7 +86,10 @@ class Guard:
         for p in parameters:
             if p.grad is not None:
                 alike.setdefault(p.grad.dtype, []).append(p.grad)
-        for dtype, tensors in alike.items():
+        for dtype, found in alike.items():
+            tensors = [t for t in found if t.numel()]  # the norm of an empty one is an error
+            if not tensors:
+                continue
             if dtype in CHECKED and self.flag.device.type in ("cpu", "cuda"):
                 torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.flag, self._one)
             else:

@@ -63,7 +63,8 @@ def fit(
         The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
 
     Raises:
-        ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps.
+        ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps; a guard that
+            found a bad step before.
         FloatingPointError: the loss or a gradient became NaN or infinite; the message says at which step, and where
             loss_fn, called once more on that step's batch under gk.debug(values=True), says which network had them,
             that too. The parameters are then those of the step before it. On the CPU it is raised in that step; on
@@ -79,7 +80,11 @@ def fit(
     # One fused kernel a step instead of a few launches a tensor, where torch has it.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
-    guard = Guard(params[0].device) if guard is None else guard
+    if guard is None:
+        guard = Guard(params[0].device)
+    elif guard.finish() is not None or float(guard.flag):
+        where = "" if guard.bad is None else f" at step {guard.bad}"
+        raise ValueError(f"guard: expected one that has found no bad step, got one that found one{where}")
     losses: list[torch.Tensor] = []
     recent: collections.deque[Any] = collections.deque()  # batches of steps that the host has not looked at
     source = iter(batches)
@@ -128,8 +133,10 @@ def _not_finite(
     back = len(losses) - step
     if back <= len(recent):
         try:
-            with debug(values=True), torch.no_grad():
+            with debug(values=True), torch.enable_grad():  # a loss may ask for gradients itself
                 loss_fn(recent[-back], step)
         except (FloatingPointError, ValueError) as error:  # a network's, or a coefficient's
             reason = f" ({error})"
+        except Exception as error:  # of the second call alone, and no reason to hide what it was made for
+            reason = f" (called once more, the loss raised {type(error).__name__}: {error})"
     return FloatingPointError(f"{what}: expected finite numbers, {got} at step {step} of {steps}{reason}")
