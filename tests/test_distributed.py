@@ -109,6 +109,9 @@ def guarded(rank, folder):
                 found[name] = (str(error), len(done), [p.detach() for p in net.parameters()])
         alone = Guard("cpu", alone=True)
         found["alone"] = alone.watch(0, torch.tensor(1.0), []) if rank else None  # the other does not enter
+        groups = [torch.distributed.new_group([each]) for each in range(PROCESSES)]
+        of_one = Guard("cpu", group=groups[rank])
+        found["groups"] = [of_one.watch(0, torch.tensor(float("inf") if rank else 1.0), []), of_one.shared]
         torch.save(found, f"{folder}/guard{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -127,6 +130,7 @@ def test_a_loss_that_is_infinite_in_one_process_ends_the_training_of_both_at_the
         assert done == others_done == steps, name
         assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True)), name
     assert found[1]["alone"] is None
+    assert [each["groups"] for each in found] == [[None, False], [0, False]]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
