@@ -142,6 +142,22 @@ def inside(name: str, value: Any, low: float, high: float) -> Any:
     return value
 
 
+def before(name: str, t: Any, s: Any, meaning: str) -> None:
+    """t < s, of numbers or tensors [B] or of one element, where the values of both are looked at."""
+    if not is_tensor(t) and not is_tensor(s):
+        if not t < s:
+            raise ValueError(f"{name}: expected t < s, {meaning}, got {float(t):g} and {float(s):g}")
+        return
+    if any(is_tensor(value) and not _visible(value) for value in (t, s)):
+        return
+    import torch
+
+    pair = [torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().reshape(-1) for value in (t, s)]
+    for index, (a, b) in enumerate(zip(*(value.tolist() for value in torch.broadcast_tensors(*pair)), strict=True)):
+        if not a < b:
+            raise ValueError(f"{name}: expected t < s, {meaning}, got {a:g} and {b:g} at index {index}")
+
+
 def whole(name: str, value: Any, low: int, high: int) -> None:
     """A tensor of integers low .. high, of any dtype, where it is looked at."""
     inside(name, value, low, high)

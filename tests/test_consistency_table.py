@@ -75,6 +75,8 @@ def test_the_page_is_rewritten_between_the_markers_of_its_data_and_nowhere_else(
         table.rewrite(a_result(), page)
     text = page.read_text()
     assert text.startswith("before\n") and f"between\n{marks[2]}\nkept\n{marks[3]}\nafter\n" in text
+    command = "    python tools/consistency_table.py --data digits --steps 1 --teacher-steps 2 --batch 3\n"
+    assert f"{marks[0]}\n{command}\nA GPU, torch 2, 2026-01-02" in text
     assert "old" not in text and "| CT | 1.2 | 1 | 0.5000 ± 0.0100 |\n|  |  | 2 | 0.5000" in text
     page.write_text("nothing")
     with pytest.raises(ValueError, match="expected the markers <!-- digits: begin -->"):

@@ -147,6 +147,19 @@ def test_given_sources_are_coupled_too():
     torch.testing.assert_close(got, flow.loss(lambda x, t: x, x1, x0[index], t=t))
 
 
+@pytest.mark.parametrize("features", [None, lambda x: x[:, :1]])
+def test_sources_have_their_gradient_through_a_gathered_coupling(features):
+    """That of the loss of the sources in the order of the index."""
+    x0, x1, u = batch(8, (4,))
+    x0.requires_grad_()
+    flow, t, seen = gk.RectifiedFlow(), torch.rand(8, dtype=F64), features or (lambda x: x)
+    index = flows.Optimal()(seen(x0), seen(x1), {}, u)
+    (expected,) = torch.autograd.grad(flow.loss(lambda x, t: 0.5 * x, x1, x0[index], t=t), x0)
+    got = flow.loss(lambda x, t: 0.5 * x, x1, x0, t=t, coupling=flows.Gathered(flows.Optimal(), features=features))
+    torch.testing.assert_close(torch.autograd.grad(got, x0)[0], expected)
+    assert expected.abs().min() > 0.0
+
+
 def test_coupled_loss_of_half_precision_data_has_a_gradient():
     model = nn.Linear(4, 4)
     x = torch.randn(8, 4).bfloat16()

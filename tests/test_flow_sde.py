@@ -10,6 +10,7 @@ from analytic import PathNetwork, gaussian, mixture
 from torch.distributions import Normal
 
 import genkern as gk
+from genkern import check
 from genkern.noise import Noise, Purpose
 from genkern.samplers import CPS, Euler, EulerMaruyama, OnPath, Overshoot
 
@@ -264,3 +265,34 @@ X, V, _ = tensors(torch.float32)
 def test_bad_argument_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def times(*values, device="cpu"):
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize("t, s, words", [
+    (times(0.1, 0.5, 0.6, 0.2, 0.3), 0.5, "0.5 and 0.5 at index 1"),
+    (0.5, times(0.6, 0.7, 0.4, 0.8, 0.9), "0.5 and 0.4 at index 2"),
+    (times(0.1, 0.2, 0.3, 0.4, 0.9), times(0.2, 0.3, 0.4, 0.5, 0.8), "0.9 and 0.8 at index 4"),
+    (torch.tensor(0.25), times(0.5, 0.5, 0.5, 0.5, 0.125), "0.25 and 0.125 at index 4"),
+])  # fmt: skip
+def test_step_away_from_the_data_is_refused_in_any_sample(t, s, words, device):
+    x, v = X.to(device), V.to(device)
+    moved = (time.to(device) if isinstance(time, torch.Tensor) and time.ndim else time for time in (t, s))
+    with gk.debug(values=True), pytest.raises(ValueError, match=f"^t, s: expected t < s, toward the data, got {words}"):
+        FLOW.step(x, v, *moved)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="t, s: expected t < s"):
+            FLOW.step(X, V, t, s)
+
+
+def test_times_on_the_cpu_are_looked_at_beside_a_state_that_is_not(device):
+    with pytest.raises(ValueError, match="t, s: expected t < s, toward the data, got 0.5 and 0.25 at index 0"):
+        FLOW.step(X.to(device), V.to(device), torch.tensor(0.5), torch.tensor(0.25))
+
+
+def test_times_that_are_not_looked_at_are_not_refused(monkeypatch):
+    monkeypatch.setattr(check, "_visible", lambda value: not isinstance(value, torch.Tensor))  # as on a device
+    t = times(0.1, 0.5, 0.6, 0.2, 0.3)
+    assert all(torch.isfinite(found[[0, 3, 4]]).all() for found in FLOW.step(X, V, t, 0.5))

@@ -166,6 +166,60 @@ def test_averages_under_a_guard_move_as_without_it_until_the_flag(dtype, device)
     assert alike(before, tensors(*(a.module for a in two.averages)))
 
 
+def test_a_loss_that_asks_for_gradients_itself_is_diagnosed_too(device):
+    net = Breaks(2).to(device)
+
+    def loss(x, k):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(net.inner(x, x[:, 0]).sum(), x, create_graph=True)
+        return gk.FlowMatching().loss(net, x, noise=Noise(0, k)) + slope.square().mean()
+
+    words = r"loss: expected finite numbers, got nan at step 2 of 4 \(model: expected finite numbers in its output"
+    with pytest.raises(FloatingPointError, match=words):
+        fit(net.parameters(), loss, [torch.ones(SHAPE, device=device)] * 4, steps=4)
+
+
+def test_another_error_of_the_second_call_is_told_beside_the_first():
+    p, calls = nn.Parameter(torch.ones(2)), []
+
+    def loss(x, k):
+        calls.append(k)
+        if len(calls) > 1:
+            raise KeyError("once")
+        return p.sum() * math.nan
+
+    words = r"got nan at step 0 of 1 \(called once more, the loss raised KeyError: 'once'\)"
+    with pytest.raises(FloatingPointError, match=words):
+        fit([p], loss, [0], steps=1)
+
+
+@pytest.mark.parametrize("watched, where", [(True, " at step 0"), (False, "")])
+def test_a_guard_that_found_a_bad_step_is_refused(watched, where, device):
+    p, guard = nn.Parameter(torch.ones(2, device=device)), Guard(device)
+    if watched:
+        guard.watch(0, p.sum() * math.nan, [p])
+    else:
+        guard.flag.fill_(1.0)
+    with pytest.raises(
+        ValueError, match=f"guard: expected one that has found no bad step, got one that found one{where}$"
+    ):
+        fit([p], lambda batch, k: p.sum(), range(3), steps=3, guard=guard)
+    assert torch.equal(p, torch.ones_like(p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_gradients_are_skipped(dtype, device):
+    parameters, guard = [nn.Parameter(torch.ones(n, device=device, dtype=dtype)) for n in (0, 2)], Guard(device)
+    for step, value, bad in ((0, 1.0, None), (1, math.nan, 1)):
+        for p in parameters:
+            p.grad = torch.full_like(p, value)
+        guard.watch(step, torch.ones((), device=device), parameters)
+        assert guard.finish() == bad
+    alone = Guard(device)
+    alone.watch(0, torch.ones((), device=device), parameters[:1])  # of its type there is no other
+    assert alone.finish() is None
+
+
 class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -66,6 +66,9 @@ def test_loss_of_two_processes_is_that_of_one_batch(results):
 def test_an_error_reaches_every_process(results):
     first, second = results[1]
     for each in (first, second):
+        words = "ValueError: x0: expected no gradient among several processes, got sources that require one"
+        assert each["gradient"] == words
+        assert torch.equal(each["unasked"], each["optimal"])
         assert each["sizes"] == "ValueError: x0: expected as many samples in every process, got [6, 5]"
     assert first["failing"] == "ArithmeticError: no plan"
     assert second["failing"] == "RuntimeError: coupling: the first process could not solve it; its own error says why"

@@ -69,6 +69,10 @@ def main(rank, folder):
     noise = Noise(7, sample_ids=torch.arange(2 * N)[mine])
     found["loss"] = FLOW.loss(Net(), x1, coupling=flows.Gathered(flows.Optimal()), noise=noise, reduction="none")
     found["sizes"] = said(lambda: gathered("optimal").sources(x0[rank:], x1[rank:], {}, u[rank:]))
+    asking = x0.clone().requires_grad_(rank == 1)
+    found["gradient"] = said(lambda: gathered("optimal").sources(asking, x1, {}, u))
+    with torch.no_grad():
+        found["unasked"] = gathered("optimal").sources(asking, x1, {}, u)
     found["failing"] = said(lambda: flows.Gathered(failing).sources(x0, x1, {}, u))
     store = FLOW.write_pairs(Net(), folder / "pairs", (20, 2), **PAIRS)
     found["missing"] = store.missing()

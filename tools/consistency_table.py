@@ -158,7 +158,10 @@ def section(result: dict[str, Any]) -> str:
     """The table of a data set."""
     a, facts = result["arguments"], result["machine"]
     names = list(result["rows"][0]["figures"])
+    options = "".join(f" --{name.replace('_', '-')} {a[name]}" for name in ("data", "steps", "teacher_steps", "batch"))
     lines = [
+        f"    python tools/consistency_table.py{options}",
+        "",
         f"{facts['name']}, torch {facts['versions']['torch']}, {facts['date'][:10]}, revision {facts['revision']}.",
         f"{a['steps']} steps of {a['batch']} images ({a['teacher_steps']} of the teacher), {a['samples']} samples a",
         f"seed, {len(a['seeds'])} seeds.",

@@ -39,7 +39,7 @@ class Sourced(Protocol):
     """A coupling that gives the sources themselves."""
 
     def sources(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], u: Tensor) -> Tensor:
-        """The sources of x1, [B, ...]."""
+        """The sources of x1, [B, ...], with x0's gradient where it has one."""
 
 
 class Independent:

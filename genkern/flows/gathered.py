@@ -3,7 +3,10 @@
 A process of torch.distributed sees B of the N B samples of a batch, and transport within its B alone is farther from
 the optimal coupling than transport within N B. What is small goes to every process: all sources, and what the costs are
 of (the samples, or features of them). The first process solves, and its index goes to all, so that every one has its
-part of one and the same coupling.
+part of one and the same coupling. It waits for the device: the batches' sizes and the index are looked at on the host.
+
+Noise has to differ between the processes, as Noise(seed, sample_ids=) of each sample's place in the whole batch does:
+two with the same torch.manual_seed and no Noise draw the same sources, and the coupling has each of them twice.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class Gathered:
         group: of torch.distributed; default all processes.
 
     Raises (in every process, when it is used):
-        ValueError: another batch size than in the other processes. RuntimeError: the first process's coupling failed.
+        ValueError: another batch size than in the other processes; an x0 that requires a gradient in one of several
+            processes, to which the others' part of the coupling would not bring it. RuntimeError: the first process's
+            coupling failed.
     """
 
     def __init__(
@@ -39,7 +44,7 @@ class Gathered:
         self.coupling, self.features, self.group = coupling, features, group
 
     def sources(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], u: Tensor) -> Tensor:
-        """The sources of this process's data, [B, ...] of x0's dtype.
+        """The sources of this process's data, [B, ...] of x0's dtype; without other processes with x0's gradient.
 
         Args:
             x0, x1: this process's sources and data.  [B, ...], as many in every process.
@@ -49,23 +54,28 @@ class Gathered:
         dist = ranks.distributed()
         alone = dist is None or dist.get_world_size(self.group) == 1
         if not alone:
-            sizes = self._gather(torch.tensor([len(x0)], device=x0.device)).tolist()
+            # In every process what is refused in one, so that none waits for another.
+            mine = [len(x0), int(x0.requires_grad and torch.is_grad_enabled())]
+            sizes, graphs = self._gather(torch.tensor([mine], device=x0.device)).T.tolist()
             if len(set(sizes)) > 1:
                 raise ValueError(f"x0: expected as many samples in every process, got {sizes}")
+            if any(graphs):
+                raise ValueError("x0: expected no gradient among several processes, got sources that require one")
         label: Any = getattr(self.coupling, "labels", None)
         seen = cond if label is None else {label: cond[label]} if label in cond else {}
-        parts = [x0, u, *(x if self.features is None else self.features(x) for x in (x0, x1))]
-        if self.features is None:
-            parts[2] = parts[0]
-        if alone:
-            return x0.index_select(0, self.coupling(parts[2], parts[3], seen, u))
+        with torch.no_grad():
+            f0, f1 = (x0, x1) if self.features is None else (self.features(x0), self.features(x1))
+            index = self.coupling(f0, f1, seen, u) if alone else None
+        if index is not None:
+            return x0.index_select(0, index)  # with its gradient
         all_x0 = self._gather(x0)
-        all_f0 = all_x0 if self.features is None else self._gather(parts[2])
+        all_f0 = all_x0 if self.features is None else self._gather(f0)
         given = {label: self._gather(seen[label])} if label in seen else {}
-        index = self._solved(all_f0, self._gather(parts[3]), given, self._gather(u))
+        index = self._solved(all_f0, self._gather(f1), given, self._gather(u))
         rank, n = dist.get_rank(self.group), len(x0)
         return all_x0.index_select(0, index[rank * n : (rank + 1) * n])
 
+    @torch.no_grad()
     def _solved(self, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], u: Tensor) -> Tensor:
         """The index of the whole batch, the first process's in every one."""
         dist, failed = ranks.distributed(), None

@@ -153,7 +153,8 @@ class Flow:
             (x_s, log p(x_s | x_t)).  [B, ...] and [B].
 
         Raises:
-            ValueError, TypeError: as steps.linear; a step that leaves no noise, such as "cps" has to s = 1.
+            ValueError, TypeError: as steps.linear; not t < s (of device tensors where gk.debug(values=True) looks at
+                them); a step that leaves no noise, such as "cps" has to s = 1.
 
         Source: arXiv:2505.05470; arXiv:2509.05952.
         """
@@ -164,9 +165,9 @@ class Flow:
             )
         if not isinstance(x_t, Tensor):
             raise TypeError(f"x_t: expected a torch tensor, got {type(x_t).__name__}")
+        given = t, s
         t, s = check.coefficient("t", t, x_t, 0.0, 1.0), check.coefficient("s", s, x_t, 0.0, 1.0)
-        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and not t < s:
-            raise ValueError(f"t, s: expected t < s, toward the data, got {t:g} and {s:g}")
+        check.before("t, s", *given, "toward the data")  # as given: times on the CPU may go with a state that is not
         t, s = (time.double() if isinstance(time, Tensor) else time for time in (t, s))
         c_x, c_m, std = chosen.coefficients(OnPath(self.path, "velocity"), t, s)
         return stochastic.linear(x_t, model_output, c_x, c_m, std, x_s=x_s, **options)

@@ -73,6 +73,7 @@ def fit_pairs(
     Raises:
         ValueError: the store is not complete; batch_size is no multiple of the number of processes; as of fit().
         TypeError: an unknown option.
+        FloatingPointError: as of fit(); in every process at the same step.
     """
     asked = checked_options(options)
     missing = store.missing()

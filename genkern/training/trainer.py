@@ -55,18 +55,22 @@ def fit(
         betas: AdamW's averages of the gradient and of its square.
         after_step: called with the step's number after each update, for an EMA or a target network.
         progress: called with the number of steps done, after each.
-        guard: watches the steps; default a new one. Given to EMA.update() in after_step too, it keeps bad steps out of
-            the average.
+        guard: watches the steps; default a new one, of all processes where torch.distributed is initialised: for one
+            that trains by itself Guard(device, alone=True). Given to EMA.update() in after_step too, it keeps bad steps
+            out of the average.
 
     Returns:
         The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
 
     Raises:
-        ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps.
+        ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps; a guard that
+            found a bad step before.
         FloatingPointError: the loss or a gradient became NaN or infinite; the message says at which step, and where
             loss_fn, called once more on that step's batch under gk.debug(values=True), says which network had them,
             that too. The parameters are then those of the step before it. On the CPU it is raised in that step; on
-            CUDA as soon as the host knows, a few steps later, up to which after_step is called.
+            CUDA as soon as the host knows, a few steps later, up to which after_step is called. Of several processes
+            all raise it in the same step (on CUDA eight later, or at the end), and none calls loss_fn again, whose
+            collectives the others might not enter.
     """
     params = list(params)
     steps, warmup = check.integer("steps", steps, 1), check.integer("warmup", warmup, 0)
@@ -76,7 +80,11 @@ def fit(
     # One fused kernel a step instead of a few launches a tensor, where torch has it.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
-    guard = Guard(params[0].device) if guard is None else guard
+    if guard is None:
+        guard = Guard(params[0].device)
+    elif guard.finish() is not None or float(guard.flag):
+        where = "" if guard.bad is None else f" at step {guard.bad}"
+        raise ValueError(f"guard: expected one that has found no bad step, got one that found one{where}")
     losses: list[torch.Tensor] = []
     recent: collections.deque[Any] = collections.deque()  # batches of steps that the host has not looked at
     source = iter(batches)
@@ -115,13 +123,20 @@ def _not_finite(
     step = guard.bad
     assert step is not None
     value, reason = float(losses[step]), ""
+    if guard.shared:
+        return FloatingPointError(
+            f"loss or gradient: expected finite numbers in every process, got others at step {step} of {steps} "
+            f"(the loss of this process was {value:g})"
+        )
     what = "loss" if not math.isfinite(value) else "gradient"
     got = f"got {value}" if what == "loss" else f"got others, of a loss of {value:g},"
     back = len(losses) - step
     if back <= len(recent):
         try:
-            with debug(values=True), torch.no_grad():
+            with debug(values=True), torch.enable_grad():  # a loss may ask for gradients itself
                 loss_fn(recent[-back], step)
         except (FloatingPointError, ValueError) as error:  # a network's, or a coefficient's
             reason = f" ({error})"
+        except Exception as error:  # of the second call alone, and no reason to hide what it was made for
+            reason = f" (called once more, the loss raised {type(error).__name__}: {error})"
     return FloatingPointError(f"{what}: expected finite numbers, {got} at step {step} of {steps}{reason}")
