@@ -121,11 +121,43 @@ def test_what_is_whole_is_not_made_again(tmp_path):
     again = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
     assert Gaussian.calls == 0
     assert [torch.equal(a.weight, b.weight) for a, b in zip(first, again, strict=True)] == [True, True]
-    assert not any(network.training or network.weight.requires_grad for network in again)
+    assert [(network.training, network.weight.requires_grad) for network in again] == [(False, True)] * 2
     (tmp_path / "3-rectified" / "network.safetensors").unlink()
     *_, last = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
     assert Gaussian.calls == 5  # training alone
     assert torch.equal(last.weight, first[1].weight)
+
+
+class Frozen(nn.Module):
+    """A flow whose first part is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = Gaussian().requires_grad_(False), nn.Linear(1, 1)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x, t):
+        return self.base(x, t) + self.head(x)
+
+
+def test_parameters_that_are_frozen_stay_so_in_every_round_and_student(tmp_path):
+    model, options = Frozen(), {"fit": fast(5, weight_decay=0.5), **PAIRS}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for _ in range(2):  # trained, and read from the disk
+        found = FLOW.reflow(model, tmp_path, SHAPE, rounds=2, **options)
+        found.append(FLOW.distill(found[-1], tmp_path / "student", SHAPE, **options))
+        for network in found:
+            assert network.base.weight.tolist() == [1.0, 0.0, 0.0]
+            assert not torch.equal(network.head.weight, model.head.weight)
+            assert {name: p.requires_grad for name, p in network.named_parameters()} == before
+    with pytest.raises(ValueError, match="path: expected a network of the same settings"):
+        FLOW.reflow(copy.deepcopy(model).requires_grad_(True), tmp_path, SHAPE, **options)
+
+
+def test_where_nothing_requires_a_gradient_all_is_trained(tmp_path):
+    average = training.EMA(Gaussian()).module
+    (found,) = FLOW.reflow(average, tmp_path, SHAPE, fit=fast(5), **PAIRS)
+    assert not torch.equal(found.weight, average.weight) and not found.weight.requires_grad
 
 
 def test_objects_in_the_settings_are_told_by_what_they_are():

@@ -213,7 +213,8 @@ class Reflow(Flow):
         stopped. With torch.distributed every process calls this.
 
         Args:
-            model: the 1-rectified flow's network, trained; not changed.
+            model: the 1-rectified flow's network, trained; not changed. Parameters that do not require a gradient are
+                not trained; where none does, as in an average, all of them are.
             path: the folder of all rounds.
             shape: [count, ...], of the pairs of a round.
             rounds: >= 1.
@@ -225,7 +226,8 @@ class Reflow(Flow):
                 first round's pairs: the flows after it have it in them.
 
         Returns:
-            The networks of the 2-, 3-, ... rectified flows, in eval mode, on the model's device.
+            The networks of the 2-, 3-, ... rectified flows, in eval mode, on the model's device; their parameters
+            require a gradient where the model's do.
 
         Raises:
             ValueError: a folder there was made with other settings; as write_pairs() and training.fit().
@@ -261,7 +263,8 @@ class Reflow(Flow):
                 metric goes into fit={"loss_options": {"metric": ...}}.
 
         Returns:
-            The student, in eval mode: sample(student, ..., steps=K).
+            The student, in eval mode: sample(student, ..., steps=K). Its parameters require a gradient where the
+            model's do.
 
         Raises:
             ValueError, TypeError, ImportError: as reflow().
@@ -286,14 +289,19 @@ class Reflow(Flow):
         if fit is not None and train is not None:
             raise ValueError("fit: expected None beside train, which takes its place")
         asked, student = checked_options(fit or {}), copy.deepcopy(model).eval()
+        flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+        frozen = sorted(name for name, flag in flags.items() if not flag) if any(flags.values()) else []
         store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=stream, **options)
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
+        how |= {"frozen": frozen} if frozen else {}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
         whole = where.exists()
         ranks.barrier()  # before any process may write it
         if whole:
-            return files.load_network(student, where, named).requires_grad_(False).eval()
-        student.requires_grad_(True).train()
+            return files.load_network(student, where, named).eval()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        student.train()
         if train is None:
             student = fit_pairs(student, loss, store, seed=seed, progress=bool(options.get("progress")), **asked)
         else:
@@ -303,4 +311,6 @@ class Reflow(Flow):
         if ranks.placed(None, None)[0] == 0:
             files.save_network(student, where, named)
         ranks.barrier()
-        return student.requires_grad_(False).eval()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+        return student.eval()

@@ -60,7 +60,7 @@ def fit_pairs(
     is the same for any number of processes, up to rounding.
 
     Args:
-        network: its parameters have to require a gradient.
+        network: those of its parameters that require a gradient are trained, at least one.
         loss: loss(network, x1, x0, cond=, noise=, **options["loss_options"]), such as that of RectifiedFlow.
         store: complete.
         seed: of the batches' order and of the losses' noise.
@@ -101,6 +101,7 @@ def fit_pairs(
     batches = store.batches(size, seed=seed, device=device)
     with bar(progress, steps, "train") as tick:
         fit(
-            network.parameters(), of_batch, batches, steps=steps, after_step=update, progress=lambda _: tick(), **asked
+            [parameter for parameter in network.parameters() if parameter.requires_grad], of_batch, batches,
+            steps=steps, after_step=update, progress=lambda _: tick(), **asked,
         )  # fmt: skip
     return average.module.eval()
