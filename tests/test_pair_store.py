@@ -100,7 +100,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_shards_and_is_resumed(tmp
             return super().forward(x, t)
 
     assert FLOW.write_pairs(Counting(), cut, SHAPE, **OPTIONS).missing() == []
-    assert calls == [4, 4, 4, 3, 3, 3]  # three steps of each shard that was missing
+    assert calls == [1, 1, 1, 4, 4, 4, 3, 3, 3]  # the first pair again, then three steps of each missing shard
     assert contents(cut) == expected
 
 
@@ -152,6 +152,52 @@ def test_a_store_of_other_settings_is_refused(changed, words, tmp_path):
     with pytest.raises(ValueError, match=f"path: expected a folder of the same settings, .* has pairs of {words}"):
         FLOW.write_pairs(path=tmp_path, **{**given, **changed})
     assert contents(tmp_path) == before
+
+
+class Shifted:
+    def __init__(self, by):
+        self.by = by
+
+    def sources(self, ids):
+        return self.by + torch.arange(3.0).expand(len(ids), 3)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("x0", [(lambda by: lambda ids: torch.full((len(ids), 3), by))(by) for by in (1.0, 2.0)]),
+    ("x0", [Shifted(by).sources for by in (1.0, 2.0)]),
+    ("cond", [(lambda by: lambda ids: {"y": torch.full((len(ids),), by)})(by) for by in (1, 2)]),
+    ("cond", [(lambda key: lambda ids: {key: torch.zeros(len(ids))})(key) for key in ("y", "z")]),
+    ("model", [(lambda by: lambda x, t, **_: by * x)(by) for by in (1.0, 2.0)]),
+])  # fmt: skip
+@pytest.mark.parametrize("lost", [[], [0], [0, 1, 2]])
+def test_functions_of_one_name_are_told_apart_by_the_first_pair_there(lost, name, values, tmp_path):
+    given = {"model": lambda x, t, **_: x, "shape": SHAPE, "path": tmp_path, **OPTIONS}
+    store = FLOW.write_pairs(**{**given, name: values[0]})
+    for shard in lost:
+        store.file(shard).unlink()
+    before = contents(tmp_path)
+    if len(lost) < 3:
+        with pytest.raises(ValueError, match=r"expected a folder of the same settings, .* has another .* of pair [04] "):
+            FLOW.write_pairs(**{**given, name: values[1]})
+        assert contents(tmp_path) == before
+    FLOW.write_pairs(**{**given, name: values[0] if len(lost) < 3 else values[1]})
+    assert gk.PairStore(tmp_path).missing() == []
+
+
+def test_buffers_that_are_not_persistent_are_part_of_the_settings(tmp_path):
+    class Held(Net):
+        def __init__(self, by):
+            super().__init__()
+            self.register_buffer("by", torch.tensor(by), persistent=False)
+
+    FLOW.write_pairs(Held(1.0), tmp_path, SHAPE, **OPTIONS)
+    with pytest.raises(ValueError, match="path: expected a folder of the same settings, .* has pairs of model"):
+        FLOW.write_pairs(Held(1.001), tmp_path, SHAPE, **OPTIONS)
+
+
+def test_a_pair_that_another_device_rounds_otherwise_is_the_same(tmp_path):
+    FLOW.write_pairs(lambda x, t: x.sin(), tmp_path, SHAPE, **OPTIONS)
+    FLOW.write_pairs(lambda x, t: 1.001 * x.sin(), tmp_path, SHAPE, **OPTIONS)
 
 
 def test_conditions_and_guidance_are_kept_in_the_pairs(tmp_path):

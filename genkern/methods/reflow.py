@@ -32,7 +32,7 @@ from ..rows import Out, Row
 from ..samplers import network
 from ..samplers.callback import bar
 from ..training.pairs import PairFitOptions, checked_options, fit_pairs
-from ._pair_settings import Given, digest, of_count, of_ids, told
+from ._pair_settings import Given, digest, of_count, of_ids, same_pair, told
 from ._training import Batch
 from .flow import Flow
 
@@ -79,9 +79,14 @@ class Reflow(Flow):
         so a call that was cut off is called again, and several processes, or jobs that know nothing of each other,
         each draw their own shards: process r those of number r, r + world_size, and so on.
 
+        A store that is there has to be of the same settings. Compared are the numbers, names and options; tensors and
+        Modules, by the SHA-256 of their values; other callables by their qualified names, functools.partial by its
+        parts, objects by their public attributes; and the first pair that is there, x0, x1 and cond, with the same
+        pair drawn again, within 0.05 of its norm: other functions of one name are found by it, if they change it.
+
         Args:
             model: the trained network. A Module's parameters and buffers are part of the settings, by their SHA-256;
-                any other callable is not known there.
+                of any other callable the pair that is drawn again is all that is known.
             path: the folder of the store; made where it is missing.
             shape: [count, ...]: how many pairs, and the shape of one.
             seed, stream: z0 of pair i is N(0, I) at Noise(seed, stream, sample_ids=[i]).
@@ -146,7 +151,11 @@ class Reflow(Flow):
         if count and not PairStore.exists(path):
             drawn(torch.arange(1))  # what sample() refuses is refused before there is a store of it
         store = PairStore.create(path, count, shard_size, settings)
-        missing = [shard for shard in store.missing() if shard % world_size == rank]
+        absent = store.missing()
+        there = next((shard for shard in range(store.shards) if shard not in absent), None)
+        if there is not None:
+            same_pair(store, there, drawn(torch.tensor([store.ids(there).start])))
+        missing = [shard for shard in absent if shard % world_size == rank]
         with bar(progress, len(missing), "pairs") as tick:
             for shard in missing:
                 ids = store.ids(shard)
@@ -221,7 +230,8 @@ class Reflow(Flow):
             seed: of pairs and training; the pairs of the k-rectified flow's training have the stream k.
             fit: PairFitOptions: steps=, batch_size=, lr=, ...
             train: instead of that, train(network, store, k) -> the trained network of the same class, which makes the
-                k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate.
+                k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate. It
+                is known by its qualified name alone: a network it made is kept though the function is another now.
             options: of write_pairs(): steps=, sampler=, cond=, uncond=, guidance_scale=, x0=, ... Guidance is of the
                 first round's pairs: the flows after it have it in them.
 
