@@ -42,10 +42,10 @@ def contents(path):
 
 def test_pairs_on_disk_are_the_flows_own_pairs(tmp_path, device):
     store = FLOW.write_pairs(Net().to(device), tmp_path, SHAPE, **OPTIONS)
-    x0, x1 = (x.cpu() for x in FLOW.pairs(Net().to(device), SHAPE, steps=3, seed=5))
+    x0, x1 = (x.cpu() for x in FLOW.pairs(Net().to(device), SHAPE, steps=3, noise=Noise(5, stream=1)))
     found = whole(store)
     assert torch.equal(found.x0, x0) and found.sample_ids.tolist() == list(range(11))
-    assert torch.equal(found.x0, gk.ops.randn(SHAPE, noise=Noise(5).at(Purpose.INITIAL)))
+    assert torch.equal(found.x0, gk.ops.randn(SHAPE, noise=Noise(5, stream=1).at(Purpose.INITIAL)))
     torch.testing.assert_close(found.x1, x1)
     assert (len(store), store.shards, [len(store.ids(k)) for k in range(3)]) == (11, 3, [4, 4, 3])
 
@@ -206,7 +206,7 @@ def test_conditions_and_guidance_are_kept_in_the_pairs(tmp_path):
     found = whole(FLOW.write_pairs(Net(), tmp_path / "given", SHAPE, **given, **OPTIONS))
     assert torch.equal(found.cond["y"], y)
     assert torch.equal(found.guidance_scale, w.double())
-    torch.testing.assert_close(found.x1, FLOW.sample(Net(), SHAPE, steps=3, seed=5, **given))
+    torch.testing.assert_close(found.x1, FLOW.sample(Net(), SHAPE, steps=3, noise=Noise(5, stream=1), **given))
     called = {"cond": lambda ids: {"y": ids.float()}, "uncond": lambda ids: {"y": torch.zeros(len(ids))}}
     store = FLOW.write_pairs(Net(), tmp_path / "called", SHAPE, **called, guidance_scale=2.0, **OPTIONS)
     assert torch.equal(whole(store).cond["y"], y)

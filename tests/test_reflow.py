@@ -161,6 +161,16 @@ def test_where_nothing_requires_a_gradient_all_is_trained(tmp_path):
     assert not torch.equal(found.weight, average.weight) and not found.weight.requires_grad
 
 
+@pytest.mark.parametrize("make", ["write_pairs", "distill", "reflow"])
+def test_samples_of_the_same_seed_do_not_start_from_the_pairs(make, tmp_path):
+    more = {} if make == "write_pairs" else {"fit": fast(1)}
+    getattr(FLOW, make)(Gaussian(), tmp_path, SHAPE, seed=0, **more, **PAIRS)
+    store = gk.PairStore(next(tmp_path.rglob("manifest.json")).parent)
+    _, path = FLOW.sample(Gaussian(), SHAPE, steps=1, seed=0, return_trajectory=True)
+    assert path[0].shape == SHAPE
+    assert not torch.isin(store.batch(range(512)).x0, path[0]).any()
+
+
 def test_objects_in_the_settings_are_told_by_what_they_are():
     beta, stratified = flows.Beta(2.0, 3.0), gk.methods.times.Stratified(of=flows.LogitNormal(0.5))
     half, third = (functools.partial(torch.full, (1,), fill_value=v) for v in (0.5, 1 / 3))

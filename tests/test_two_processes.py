@@ -78,7 +78,7 @@ def test_pairs_of_two_processes_are_those_of_one(results, tmp_path):
     names = sorted(file.name for file in one.path.iterdir())
     assert names == sorted(file.name for file in (folder / "pairs").iterdir())
     assert all((one.path / name).read_bytes() == (folder / "pairs" / name).read_bytes() for name in names)
-    assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3).at(Purpose.INITIAL)))
+    assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3, stream=1).at(Purpose.INITIAL)))
 
 
 def test_training_of_two_processes_is_that_of_one(results, tmp_path):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 RESULT = ("times", "guidance_scale", "guidance_interval", "guidance_rescale", "apg", "model_dtype")
 GUIDANCE = ("uncond", "guidance_scale", "guidance_interval", "guidance_rescale", "apg")
 EFFORT = ("device", "batch_size", "cuda_graph")
+PAIRS = 1  # the stream of pairs by default and of students' pairs; reflow's are 2, 3, .., and sample(seed=) has 0
 Train = Callable[[nn.Module, PairStore, int], nn.Module]
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,7 +61,7 @@ class Reflow(Flow):
         shape: Sequence[int],
         *,
         seed: int = 0,
-        stream: int = 0,
+        stream: int = PAIRS,
         x0: Tensor | Callable[[Tensor], Tensor] | None = None,
         cond: Given = None,
         uncond: Given = None,
@@ -89,7 +90,8 @@ class Reflow(Flow):
                 of any other callable the pair that is drawn again is all that is known.
             path: the folder of the store; made where it is missing.
             shape: [count, ...]: how many pairs, and the shape of one.
-            seed, stream: z0 of pair i is N(0, I) at Noise(seed, stream, sample_ids=[i]).
+            seed, stream: z0 of pair i is N(0, I) at Noise(seed, stream, sample_ids=[i]). sample(seed=) has the stream
+                0, so that what is sampled later does not start from a pair that was trained on; reflow() has 2, 3, ...
             x0: instead of that, the sources: a tensor of this shape, or a callable of the pairs' numbers, int64 [n]
                 on the CPU, giving [n, ...].
             cond: keyword arguments of the model, kept in the pairs: tensors [count, ...] by name, or a callable of the
@@ -269,7 +271,7 @@ class Reflow(Flow):
             model: the flow's network, of any order of reflow; not changed.
             path: a folder for the pairs and the network; what is whole there is kept.
             student_steps: K >= 1.
-            shape, seed, fit, train, options: as of reflow(); the pairs have the stream 0, train is called with K, and a
+            shape, seed, fit, train, options: as of reflow(); the pairs have the stream 1, train is called with K, and a
                 metric goes into fit={"loss_options": {"metric": ...}}.
 
         Returns:
@@ -285,7 +287,7 @@ class Reflow(Flow):
             return self.distill_loss(*pair, student_steps=k, **more)
 
         return self._round(
-            model, pathlib.Path(path), shape, k, 0, seed, fit, train, options, loss, {"student_steps": k}
+            model, pathlib.Path(path), shape, k, PAIRS, seed, fit, train, options, loss, {"student_steps": k}
         )
 
     def _round(

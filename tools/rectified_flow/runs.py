@@ -26,6 +26,7 @@ FLOW = gk.RectifiedFlow()
 CALLS = (1, 2, 5, 10, 50)
 ORDERS = (1, 2, 3)
 FINE = 100  # Euler steps of a trajectory that is measured
+EVALUATED = 1000  # seeds from here on are of samples that are judged and shown; training has seed to seed + 3
 PAIR_STEPS = {"digits": 20}  # Heun steps of a pair; 50 elsewhere
 
 
@@ -88,7 +89,7 @@ def _first(problem: Problem, seed: int) -> nn.Module:
 def _measured(problem: Problem, network: nn.Module, seed: int) -> dict[str, Any]:
     """Measures of trajectories of Euler's method with FINE steps, and the quality at every number of calls."""
     shape = (problem.budget.samples, *problem.shape)
-    end, path = FLOW.sample(network, shape, steps=FINE, seed=seed + 100, return_trajectory=True)
+    end, path = FLOW.sample(network, shape, steps=FINE, seed=EVALUATED + seed, return_trajectory=True)
     return {
         "straightness": _mean(flows.straightness(path)),
         "curvature": _mean(flows.curvature(path)),
@@ -103,7 +104,7 @@ def _independent(problem: Problem, seed: int) -> dict[str, list[float]]:
     while len(x1) < problem.budget.samples:
         x1 = torch.cat([x1, next(problem.batches)])
     x1 = x1[: problem.budget.samples]
-    x0 = gk.ops.randn(tuple(x1.shape), noise=Noise(seed + 200), device=x1.device)
+    x0 = gk.ops.randn(tuple(x1.shape), noise=Noise(EVALUATED + seed), device=x1.device)
     return {cost: _mean(flows.transport_cost(x0, x1, cost)) for cost in flows.COSTS}
 
 
@@ -112,7 +113,8 @@ def _quality(problem: Problem, network: nn.Module, counts: tuple[int, ...]) -> d
     shape, found = (problem.budget.samples, *problem.shape), {}
     for calls in counts:
         drawn = [
-            problem.quality(FLOW.sample(network, shape, steps=calls, seed=seed)) for seed in range(problem.budget.seeds)
+            problem.quality(FLOW.sample(network, shape, steps=calls, seed=EVALUATED + k))
+            for k in range(problem.budget.seeds)
         ]
         found[str(calls)] = _mean(torch.tensor(drawn, dtype=torch.float64))
     return found
