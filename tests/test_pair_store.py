@@ -162,12 +162,21 @@ class Shifted:
         return self.by + torch.arange(3.0).expand(len(ids), 3)
 
 
+def same_named(by, key="y"):
+    """Functions that have one qualified name whatever they do, by the argument they are."""
+    return {
+        "x0": lambda ids: torch.full((len(ids), 3), float(by)),
+        "cond": lambda ids: {key: torch.full((len(ids),), by)},
+        "model": lambda x, t, **_: by * x,
+    }
+
+
 @pytest.mark.parametrize("name, values", [
-    ("x0", [(lambda by: lambda ids: torch.full((len(ids), 3), by))(by) for by in (1.0, 2.0)]),
+    ("x0", [same_named(by)["x0"] for by in (1, 2)]),
     ("x0", [Shifted(by).sources for by in (1.0, 2.0)]),
-    ("cond", [(lambda by: lambda ids: {"y": torch.full((len(ids),), by)})(by) for by in (1, 2)]),
-    ("cond", [(lambda key: lambda ids: {key: torch.zeros(len(ids))})(key) for key in ("y", "z")]),
-    ("model", [(lambda by: lambda x, t, **_: by * x)(by) for by in (1.0, 2.0)]),
+    ("cond", [same_named(by)["cond"] for by in (1, 2)]),
+    ("cond", [same_named(1, key)["cond"] for key in ("y", "z")]),
+    ("model", [same_named(by)["model"] for by in (1, 2)]),
 ])  # fmt: skip
 @pytest.mark.parametrize("lost", [[], [0], [0, 1, 2]])
 def test_functions_of_one_name_are_told_apart_by_the_first_pair_there(lost, name, values, tmp_path):
@@ -177,7 +186,7 @@ def test_functions_of_one_name_are_told_apart_by_the_first_pair_there(lost, name
         store.file(shard).unlink()
     before = contents(tmp_path)
     if len(lost) < 3:
-        with pytest.raises(ValueError, match=r"expected a folder of the same settings, .* has another .* of pair [04] "):
+        with pytest.raises(ValueError, match="expected a folder of the same settings, .* has another .* of pair [04] "):
             FLOW.write_pairs(**{**given, name: values[1]})
         assert contents(tmp_path) == before
     FLOW.write_pairs(**{**given, name: values[0] if len(lost) < 3 else values[1]})
