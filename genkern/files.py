@@ -68,16 +68,32 @@ def digest(tensors: Mapping[str, Any]) -> str:
 
 
 def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
-    """A Module's parameters and buffers as safetensors, and what it was made with."""
+    """A Module's parameters and buffers as safetensors, what it was made with, and the SHA-256 of its tensors."""
+    package = safetensors()
     with replaced(path, alone=True) as temporary:
-        safetensors().torch.save_model(network, str(temporary), {"settings": settings})
+        package.torch.save_model(network, str(temporary))
+        with package.safe_open(temporary, "pt") as f:
+            told = f.metadata() or {}  # which names are one tensor
+        tensors = package.torch.load(temporary.read_bytes())  # not mapped: the file is written anew
+        told |= {"settings": settings, "sha256": digest(tensors)}
+        package.torch.save_file(tensors, temporary, told)
 
 
-def load_network(network: Any, path: pathlib.Path, settings: str) -> Any:
-    """The network, with the parameters and buffers of a file. ValueError: one that was made with other settings."""
-    with safetensors().safe_open(path, "pt") as f:
-        found = (f.metadata() or {}).get("settings")
-    if found != settings:
-        raise ValueError(f"path: expected a network of the same settings, {path} has {found!r}, asked for {settings!r}")
+def network_settings(path: pathlib.Path) -> str | None:
+    """What the network of a file was made with; None where the file is missing, cut off, or has other bytes than were
+    written. Reads all of it."""
+    package = safetensors()
+    try:
+        with package.safe_open(path, "pt") as f:
+            told = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (FileNotFoundError, package.SafetensorError):
+        return None
+    settings: str | None = told.get("settings")
+    return settings if told.get("sha256") == digest(tensors) else None
+
+
+def load_network(network: Any, path: pathlib.Path) -> Any:
+    """The network, with the parameters and buffers of a file."""
     safetensors().torch.load_model(network, str(path))
     return network

@@ -129,6 +129,39 @@ def test_what_is_whole_is_not_made_again(tmp_path):
     assert torch.equal(last.weight, first[1].weight)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1], lambda data: data[:40], lambda data: b"",
+    lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+], ids=["a byte less", "the header alone", "nothing", "a bit"])  # fmt: skip
+def test_a_network_that_is_not_whole_is_trained_again(damage, tmp_path):
+    options = {"fit": fast(5), **PAIRS}
+    (first,) = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
+    file = tmp_path / "2-rectified" / "network.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    for calls in (5, 0):  # mended, then whole
+        Gaussian.calls = 0
+        (again,) = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
+        assert Gaussian.calls == calls
+        assert torch.equal(again.weight, first.weight)
+
+
+def test_a_network_on_disk_is_one_that_safetensors_loads(tmp_path):
+    class Tied(Frozen):
+        def __init__(self):
+            super().__init__()
+            self.again = self.head
+
+    model = Tied()
+    (found,) = FLOW.reflow(model, tmp_path, SHAPE, fit=fast(2), **PAIRS)
+    from safetensors.torch import load_model
+
+    loaded = Tied()
+    load_model(loaded, tmp_path / "2-rectified" / "network.safetensors")
+    assert torch.equal(loaded.again.weight, found.head.weight)
+    (again,) = FLOW.reflow(model, tmp_path, SHAPE, fit=fast(2), **PAIRS)
+    assert torch.equal(again.again.weight, found.head.weight)
+
+
 class Frozen(nn.Module):
     """A flow whose first part is not trained."""
 

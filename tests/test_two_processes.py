@@ -81,12 +81,16 @@ def test_pairs_of_two_processes_are_those_of_one(results, tmp_path):
     assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3, stream=1).at(Purpose.INITIAL)))
 
 
+def test_the_first_process_answers_for_all(results):
+    assert [each["answer"] for each in results[1]] == ["of 0", "of 0"]
+
+
 def test_training_of_two_processes_is_that_of_one(results, tmp_path):
     network = two.Net()
     store = two.FLOW.write_pairs(two.Net(), tmp_path / "pairs", (20, 2), **two.PAIRS)
     training.fit_pairs(network, two.FLOW.loss, store, **two.FIT)
     (reflowed,) = two.FLOW.reflow(two.Net(), tmp_path / "reflow", (20, 2), fit=two.FIT, **two.PAIRS)
-    for key, of in (("network", network), ("reflowed", reflowed)):
+    for key, of in (("network", network), ("reflowed", reflowed), ("mended", reflowed)):
         expected = {name: value.detach() for name, value in of.named_parameters()}
         for each in results[1]:
             torch.testing.assert_close(each[key], expected, rtol=1e-4, atol=1e-5)

@@ -221,7 +221,8 @@ class Reflow(Flow):
 
         Each round has a folder, path/2-rectified, path/3-rectified, ..., with `pairs` and `network.safetensors`. What
         is whole is not made again: a call that was cut off goes on at the shard, or at the round's training, where it
-        stopped. With torch.distributed every process calls this.
+        stopped. A network whose file is cut off, or has other bytes than its SHA-256 says, is trained again. With
+        torch.distributed every process calls this.
 
         Args:
             model: the 1-rectified flow's network, trained; not changed. Parameters that do not require a gradient are
@@ -307,10 +308,13 @@ class Reflow(Flow):
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
         how |= {"frozen": frozen} if frozen else {}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
-        whole = where.exists()
-        ranks.barrier()  # before any process may write it
-        if whole:
-            return files.load_network(student, where, named).eval()
+        there = ranks.of_first(lambda: files.network_settings(where))
+        if there is not None and there != named:
+            raise ValueError(
+                f"path: expected a network of the same settings, {where} has {there!r}, asked for {named!r}"
+            )
+        if there is not None:
+            return files.load_network(student, where).eval()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name not in frozen)
         student.train()
