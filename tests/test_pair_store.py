@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -90,8 +91,10 @@ def test_a_process_killed_while_it_writes_leaves_whole_shards_and_is_resumed(tmp
     code = subprocess.run([sys.executable, "-c", KILLED, str(cut), tests], cwd=request.config.rootpath).returncode
     assert code == -9
     left = contents(cut)
-    assert len(left.pop(next(name for name in left if name.endswith(".tmp")))) > 0
+    unfinished = next(name for name in left if name.endswith(".tmp"))
+    assert len(left.pop(unfinished)) > 0
     assert left == {name: expected[name] for name in ("manifest.json", "pairs-00000.safetensors")}
+    os.utime(cut / unfinished, (0, 0))  # long ago
     calls = []
 
     class Counting(Net):
@@ -309,6 +312,16 @@ def test_a_shard_takes_its_own_pairs_alone(tmp_path):
     with pytest.raises(IndexError, match="indices: expected one or more integers from 0 to 10"):
         store.batch([11])
     assert contents(tmp_path) == before
+
+
+def test_two_writers_of_a_shard_leave_each_others_files_alone(tmp_path):
+    store = FLOW.write_pairs(Net(), tmp_path, SHAPE, **OPTIONS)
+    expected, pairs = contents(tmp_path), store.batch(range(4))
+    with files.replaced(store.file(0)) as one:
+        one.write_bytes(expected[store.file(0).name])
+        store.write(0, pairs)
+        assert one.exists()
+    assert contents(tmp_path) == expected
 
 
 def test_files_have_the_mode_of_any_new_file(tmp_path):
