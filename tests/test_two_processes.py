@@ -95,3 +95,16 @@ def test_training_of_two_processes_is_that_of_one(results, tmp_path):
         for each in results[1]:
             torch.testing.assert_close(each[key], expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(expected["mix.weight"], two.Net().mix.weight)
+
+
+@pytest.mark.parametrize("name", two.OPTIONS)
+def test_options_of_a_loss_are_of_the_whole_batch(name, results, tmp_path):
+    expected = two.fitted(two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS), two.OPTIONS[name])
+    for each in results[1]:
+        torch.testing.assert_close(each[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reduction_to_no_number_is_refused(tmp_path):
+    store = two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS)
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', got 'none'"):
+        two.fitted(store, {"reduction": "none"})
