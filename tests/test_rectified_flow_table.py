@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
+pytest.importorskip("scipy")
 
 
 @pytest.fixture
