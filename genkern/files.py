@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, synced to the disk, then renamed.
 
-A process that is killed at any moment leaves the old file, or none, and at most a file *.tmp beside it.
+A process that is killed at any moment leaves the old file, or none, and at most a file *.tmp beside it, which a later
+writer of the same file removes once it is an hour old: until then another process may be writing it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import hashlib
 import os
 import pathlib
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+LEFT = 3600.0  # seconds since a temporary file was last written, after which its writer is taken to be gone
 
 
 def safetensors() -> Any:
@@ -25,14 +29,14 @@ def safetensors() -> Any:
 
 
 @contextlib.contextmanager
-def replaced(path: pathlib.Path, alone: bool = False) -> Iterator[pathlib.Path]:
+def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name beside `path`; what is written there takes path's place when the block ends without an error.
-
-    alone: no other process writes this file now, so that what one that was killed left beside it is removed.
-    """
+    Of several writers at a time the last one's file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
-        left.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # its writer, or another, was quicker
+            if time.time() - left.stat().st_mtime > LEFT:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch()
@@ -68,16 +72,32 @@ def digest(tensors: Mapping[str, Any]) -> str:
 
 
 def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
-    """A Module's parameters and buffers as safetensors, and what it was made with."""
-    with replaced(path, alone=True) as temporary:
-        safetensors().torch.save_model(network, str(temporary), {"settings": settings})
+    """A Module's parameters and buffers as safetensors, what it was made with, and the SHA-256 of its tensors."""
+    package = safetensors()
+    with replaced(path) as temporary:
+        package.torch.save_model(network, str(temporary))
+        with package.safe_open(temporary, "pt") as f:
+            told = f.metadata() or {}  # which names are one tensor
+        tensors = package.torch.load(temporary.read_bytes())  # not mapped: the file is written anew
+        told |= {"settings": settings, "sha256": digest(tensors)}
+        package.torch.save_file(tensors, temporary, told)
 
 
-def load_network(network: Any, path: pathlib.Path, settings: str) -> Any:
-    """The network, with the parameters and buffers of a file. ValueError: one that was made with other settings."""
-    with safetensors().safe_open(path, "pt") as f:
-        found = (f.metadata() or {}).get("settings")
-    if found != settings:
-        raise ValueError(f"path: expected a network of the same settings, {path} has {found!r}, asked for {settings!r}")
+def network_settings(path: pathlib.Path) -> str | None:
+    """What the network of a file was made with; None where the file is missing, cut off, or has other bytes than were
+    written. Reads all of it."""
+    package = safetensors()
+    try:
+        with package.safe_open(path, "pt") as f:
+            told = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (FileNotFoundError, package.SafetensorError):
+        return None
+    settings: str | None = told.get("settings")
+    return settings if told.get("sha256") == digest(tensors) else None
+
+
+def load_network(network: Any, path: pathlib.Path) -> Any:
+    """The network, with the parameters and buffers of a file."""
     safetensors().torch.load_model(network, str(path))
     return network

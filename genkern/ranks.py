@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from . import check
+
+T = TypeVar("T")
 
 
 def distributed() -> Any:
@@ -34,3 +37,15 @@ def barrier() -> None:
     group = distributed()
     if group is not None:
         group.barrier()
+
+
+def of_first(find: Callable[[], T]) -> T:
+    """What the first process of the group finds, in every process: one that a file may be written by meanwhile could
+    find another answer. Without a group, what this one finds. find() may not fail: the others would wait."""
+    group = distributed()
+    if group is None:
+        return find()
+    found: list[Any] = [find() if group.get_rank() == 0 else None]
+    group.broadcast_object_list(found, src=0)
+    answer: T = found[0]
+    return answer

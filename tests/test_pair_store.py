@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -42,10 +43,10 @@ def contents(path):
 
 def test_pairs_on_disk_are_the_flows_own_pairs(tmp_path, device):
     store = FLOW.write_pairs(Net().to(device), tmp_path, SHAPE, **OPTIONS)
-    x0, x1 = (x.cpu() for x in FLOW.pairs(Net().to(device), SHAPE, steps=3, seed=5))
+    x0, x1 = (x.cpu() for x in FLOW.pairs(Net().to(device), SHAPE, steps=3, noise=Noise(5, stream=1)))
     found = whole(store)
     assert torch.equal(found.x0, x0) and found.sample_ids.tolist() == list(range(11))
-    assert torch.equal(found.x0, gk.ops.randn(SHAPE, noise=Noise(5).at(Purpose.INITIAL)))
+    assert torch.equal(found.x0, gk.ops.randn(SHAPE, noise=Noise(5, stream=1).at(Purpose.INITIAL)))
     torch.testing.assert_close(found.x1, x1)
     assert (len(store), store.shards, [len(store.ids(k)) for k in range(3)]) == (11, 3, [4, 4, 3])
 
@@ -90,8 +91,10 @@ def test_a_process_killed_while_it_writes_leaves_whole_shards_and_is_resumed(tmp
     code = subprocess.run([sys.executable, "-c", KILLED, str(cut), tests], cwd=request.config.rootpath).returncode
     assert code == -9
     left = contents(cut)
-    assert len(left.pop(next(name for name in left if name.endswith(".tmp")))) > 0
+    unfinished = next(name for name in left if name.endswith(".tmp"))
+    assert len(left.pop(unfinished)) > 0
     assert left == {name: expected[name] for name in ("manifest.json", "pairs-00000.safetensors")}
+    os.utime(cut / unfinished, (0, 0))  # long ago
     calls = []
 
     class Counting(Net):
@@ -100,7 +103,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_shards_and_is_resumed(tmp
             return super().forward(x, t)
 
     assert FLOW.write_pairs(Counting(), cut, SHAPE, **OPTIONS).missing() == []
-    assert calls == [4, 4, 4, 3, 3, 3]  # three steps of each shard that was missing
+    assert calls == [1, 1, 1, 4, 4, 4, 3, 3, 3]  # the first pair again, then three steps of each missing shard
     assert contents(cut) == expected
 
 
@@ -154,13 +157,68 @@ def test_a_store_of_other_settings_is_refused(changed, words, tmp_path):
     assert contents(tmp_path) == before
 
 
+class Shifted:
+    def __init__(self, by):
+        self.by = by
+
+    def sources(self, ids):
+        return self.by + torch.arange(3.0).expand(len(ids), 3)
+
+
+def same_named(by, key="y"):
+    """Functions that have one qualified name whatever they do, by the argument they are."""
+    return {
+        "x0": lambda ids: torch.full((len(ids), 3), float(by)),
+        "cond": lambda ids: {key: torch.full((len(ids),), by)},
+        "model": lambda x, t, **_: by * x,
+    }
+
+
+@pytest.mark.parametrize("name, values", [
+    ("x0", [same_named(by)["x0"] for by in (1, 2)]),
+    ("x0", [Shifted(by).sources for by in (1.0, 2.0)]),
+    ("cond", [same_named(by)["cond"] for by in (1, 2)]),
+    ("cond", [same_named(1, key)["cond"] for key in ("y", "z")]),
+    ("model", [same_named(by)["model"] for by in (1, 2)]),
+])  # fmt: skip
+@pytest.mark.parametrize("lost", [[], [0], [0, 1, 2]])
+def test_functions_of_one_name_are_told_apart_by_the_first_pair_there(lost, name, values, tmp_path):
+    given = {"model": lambda x, t, **_: x, "shape": SHAPE, "path": tmp_path, **OPTIONS}
+    store = FLOW.write_pairs(**{**given, name: values[0]})
+    for shard in lost:
+        store.file(shard).unlink()
+    before = contents(tmp_path)
+    if len(lost) < 3:
+        with pytest.raises(ValueError, match="expected a folder of the same settings, .* has another .* of pair [04] "):
+            FLOW.write_pairs(**{**given, name: values[1]})
+        assert contents(tmp_path) == before
+    FLOW.write_pairs(**{**given, name: values[0] if len(lost) < 3 else values[1]})
+    assert gk.PairStore(tmp_path).missing() == []
+
+
+def test_buffers_that_are_not_persistent_are_part_of_the_settings(tmp_path):
+    class Held(Net):
+        def __init__(self, by):
+            super().__init__()
+            self.register_buffer("by", torch.tensor(by), persistent=False)
+
+    FLOW.write_pairs(Held(1.0), tmp_path, SHAPE, **OPTIONS)
+    with pytest.raises(ValueError, match="path: expected a folder of the same settings, .* has pairs of model"):
+        FLOW.write_pairs(Held(1.001), tmp_path, SHAPE, **OPTIONS)
+
+
+def test_a_pair_that_another_device_rounds_otherwise_is_the_same(tmp_path):
+    FLOW.write_pairs(lambda x, t: x.sin(), tmp_path, SHAPE, **OPTIONS)
+    FLOW.write_pairs(lambda x, t: 1.001 * x.sin(), tmp_path, SHAPE, **OPTIONS)
+
+
 def test_conditions_and_guidance_are_kept_in_the_pairs(tmp_path):
     y, w = torch.arange(11.0), torch.linspace(1.0, 3.0, 11)
     given = {"cond": {"y": y}, "uncond": {"y": torch.zeros(11)}, "guidance_scale": w}
     found = whole(FLOW.write_pairs(Net(), tmp_path / "given", SHAPE, **given, **OPTIONS))
     assert torch.equal(found.cond["y"], y)
     assert torch.equal(found.guidance_scale, w.double())
-    torch.testing.assert_close(found.x1, FLOW.sample(Net(), SHAPE, steps=3, seed=5, **given))
+    torch.testing.assert_close(found.x1, FLOW.sample(Net(), SHAPE, steps=3, noise=Noise(5, stream=1), **given))
     called = {"cond": lambda ids: {"y": ids.float()}, "uncond": lambda ids: {"y": torch.zeros(len(ids))}}
     store = FLOW.write_pairs(Net(), tmp_path / "called", SHAPE, **called, guidance_scale=2.0, **OPTIONS)
     assert torch.equal(whole(store).cond["y"], y)
@@ -254,6 +312,16 @@ def test_a_shard_takes_its_own_pairs_alone(tmp_path):
     with pytest.raises(IndexError, match="indices: expected one or more integers from 0 to 10"):
         store.batch([11])
     assert contents(tmp_path) == before
+
+
+def test_two_writers_of_a_shard_leave_each_others_files_alone(tmp_path):
+    store = FLOW.write_pairs(Net(), tmp_path, SHAPE, **OPTIONS)
+    expected, pairs = contents(tmp_path), store.batch(range(4))
+    with files.replaced(store.file(0)) as one:
+        one.write_bytes(expected[store.file(0).name])
+        store.write(0, pairs)
+        assert one.exists()
+    assert contents(tmp_path) == expected
 
 
 def test_files_have_the_mode_of_any_new_file(tmp_path):

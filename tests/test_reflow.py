@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 
 import pytest
@@ -32,7 +33,7 @@ class Gaussian(nn.Module):
         self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
 
     def forward(self, x, t, y=None):
-        Gaussian.calls += 1
+        Gaussian.calls += len(x) > 1  # but for a pair that is drawn again to compare it
         scale, shift, gain = self.weight
         t = t[:, None]
         exact = M + (t * S**2 - (1 - t)) / ((1 - t) ** 2 + (t * S) ** 2) * (x - t * M)
@@ -121,15 +122,92 @@ def test_what_is_whole_is_not_made_again(tmp_path):
     again = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
     assert Gaussian.calls == 0
     assert [torch.equal(a.weight, b.weight) for a, b in zip(first, again, strict=True)] == [True, True]
-    assert not any(network.training or network.weight.requires_grad for network in again)
+    assert [(network.training, network.weight.requires_grad) for network in again] == [(False, True)] * 2
     (tmp_path / "3-rectified" / "network.safetensors").unlink()
     *_, last = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
     assert Gaussian.calls == 5  # training alone
     assert torch.equal(last.weight, first[1].weight)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1], lambda data: data[:40], lambda data: b"",
+    lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+], ids=["a byte less", "the header alone", "nothing", "a bit"])  # fmt: skip
+def test_a_network_that_is_not_whole_is_trained_again(damage, tmp_path):
+    options = {"fit": fast(5), **PAIRS}
+    (first,) = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
+    file = tmp_path / "2-rectified" / "network.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    for calls in (5, 0):  # mended, then whole
+        Gaussian.calls = 0
+        (again,) = FLOW.reflow(Gaussian(), tmp_path, SHAPE, **options)
+        assert Gaussian.calls == calls
+        assert torch.equal(again.weight, first.weight)
+
+
+def test_a_network_on_disk_is_one_that_safetensors_loads(tmp_path):
+    class Tied(Frozen):
+        def __init__(self):
+            super().__init__()
+            self.again = self.head
+
+    model = Tied()
+    (found,) = FLOW.reflow(model, tmp_path, SHAPE, fit=fast(2), **PAIRS)
+    from safetensors.torch import load_model
+
+    loaded = Tied()
+    load_model(loaded, tmp_path / "2-rectified" / "network.safetensors")
+    assert torch.equal(loaded.again.weight, found.head.weight)
+    (again,) = FLOW.reflow(model, tmp_path, SHAPE, fit=fast(2), **PAIRS)
+    assert torch.equal(again.again.weight, found.head.weight)
+
+
+class Frozen(nn.Module):
+    """A flow whose first part is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = Gaussian().requires_grad_(False), nn.Linear(1, 1)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x, t):
+        return self.base(x, t) + self.head(x)
+
+
+def test_parameters_that_are_frozen_stay_so_in_every_round_and_student(tmp_path):
+    model, options = Frozen(), {"fit": fast(5, weight_decay=0.5), **PAIRS}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for _ in range(2):  # trained, and read from the disk
+        found = FLOW.reflow(model, tmp_path, SHAPE, rounds=2, **options)
+        found.append(FLOW.distill(found[-1], tmp_path / "student", SHAPE, **options))
+        for network in found:
+            assert network.base.weight.tolist() == [1.0, 0.0, 0.0]
+            assert not torch.equal(network.head.weight, model.head.weight)
+            assert {name: p.requires_grad for name, p in network.named_parameters()} == before
+    with pytest.raises(ValueError, match="path: expected a network of the same settings"):
+        FLOW.reflow(copy.deepcopy(model).requires_grad_(True), tmp_path, SHAPE, **options)
+
+
+def test_where_nothing_requires_a_gradient_all_is_trained(tmp_path):
+    average = training.EMA(Gaussian()).module
+    (found,) = FLOW.reflow(average, tmp_path, SHAPE, fit=fast(5), **PAIRS)
+    assert not torch.equal(found.weight, average.weight) and not found.weight.requires_grad
+
+
+@pytest.mark.parametrize("make", ["write_pairs", "distill", "reflow"])
+def test_samples_of_the_same_seed_do_not_start_from_the_pairs(make, tmp_path):
+    more = {} if make == "write_pairs" else {"fit": fast(1)}
+    getattr(FLOW, make)(Gaussian(), tmp_path, SHAPE, seed=0, **more, **PAIRS)
+    store = gk.PairStore(next(tmp_path.rglob("manifest.json")).parent)
+    _, path = FLOW.sample(Gaussian(), SHAPE, steps=1, seed=0, return_trajectory=True)
+    assert path[0].shape == SHAPE
+    assert not torch.isin(store.batch(range(512)).x0, path[0]).any()
+
+
 def test_objects_in_the_settings_are_told_by_what_they_are():
     beta, stratified = flows.Beta(2.0, 3.0), gk.methods.times.Stratified(of=flows.LogitNormal(0.5))
+    half, third = (functools.partial(torch.full, (1,), fill_value=v) for v in (0.5, 1 / 3))
+    assert told(half) != told(third) and told(half)["partial"][1:] == [[[1]], {"fill_value": 0.5}]
     before = told({"times": beta, "metric": nn.Linear(1, 1), "of": stratified})
     beta(torch.rand(3))  # keeps a table of the device
     assert told(beta) == before["times"] == {"Beta": {"alpha": 2.0, "beta": 3.0}}

@@ -81,7 +81,11 @@ def test_pairs_of_two_processes_are_those_of_one(results, tmp_path):
     names = sorted(file.name for file in one.path.iterdir())
     assert names == sorted(file.name for file in (folder / "pairs").iterdir())
     assert all((one.path / name).read_bytes() == (folder / "pairs" / name).read_bytes() for name in names)
-    assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3).at(Purpose.INITIAL)))
+    assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3, stream=1).at(Purpose.INITIAL)))
+
+
+def test_the_first_process_answers_for_all(results):
+    assert [each["answer"] for each in results[1]] == ["of 0", "of 0"]
 
 
 def test_training_of_two_processes_is_that_of_one(results, tmp_path):
@@ -89,8 +93,21 @@ def test_training_of_two_processes_is_that_of_one(results, tmp_path):
     store = two.FLOW.write_pairs(two.Net(), tmp_path / "pairs", (20, 2), **two.PAIRS)
     training.fit_pairs(network, two.FLOW.loss, store, **two.FIT)
     (reflowed,) = two.FLOW.reflow(two.Net(), tmp_path / "reflow", (20, 2), fit=two.FIT, **two.PAIRS)
-    for key, of in (("network", network), ("reflowed", reflowed)):
+    for key, of in (("network", network), ("reflowed", reflowed), ("mended", reflowed)):
         expected = {name: value.detach() for name, value in of.named_parameters()}
         for each in results[1]:
             torch.testing.assert_close(each[key], expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(expected["mix.weight"], two.Net().mix.weight)
+
+
+@pytest.mark.parametrize("name", two.OPTIONS)
+def test_options_of_a_loss_are_of_the_whole_batch(name, results, tmp_path):
+    expected = two.fitted(two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS), two.OPTIONS[name])
+    for each in results[1]:
+        torch.testing.assert_close(each[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reduction_to_no_number_is_refused(tmp_path):
+    store = two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS)
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', got 'none'"):
+        two.fitted(store, {"reduction": "none"})

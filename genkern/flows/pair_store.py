@@ -160,7 +160,7 @@ class PairStore:
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         told = {"manifest": self.fingerprint, "shard": shard, "sha256": files.digest(tensors)}
         self._open.pop(shard, None)
-        with files.replaced(self.file(shard), alone=True) as temporary:
+        with files.replaced(self.file(shard)) as temporary:
             files.safetensors().torch.save_file(tensors, temporary, metadata={KEY: json.dumps(told)})
 
     def read(self, shard: int) -> Pairs:

@@ -32,7 +32,7 @@ from ..rows import Out, Row
 from ..samplers import network
 from ..samplers.callback import bar
 from ..training.pairs import PairFitOptions, checked_options, fit_pairs
-from ._pair_settings import Given, digest, of_count, of_ids, told
+from ._pair_settings import Given, digest, of_count, of_ids, same_pair, told
 from ._training import Batch
 from .flow import Flow
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 RESULT = ("times", "guidance_scale", "guidance_interval", "guidance_rescale", "apg", "model_dtype")
 GUIDANCE = ("uncond", "guidance_scale", "guidance_interval", "guidance_rescale", "apg")
 EFFORT = ("device", "batch_size", "cuda_graph")
+PAIRS = 1  # the stream of pairs by default and of students' pairs; reflow's are 2, 3, .., and sample(seed=) has 0
 Train = Callable[[nn.Module, PairStore, int], nn.Module]
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,7 +61,7 @@ class Reflow(Flow):
         shape: Sequence[int],
         *,
         seed: int = 0,
-        stream: int = 0,
+        stream: int = PAIRS,
         x0: Tensor | Callable[[Tensor], Tensor] | None = None,
         cond: Given = None,
         uncond: Given = None,
@@ -79,12 +80,18 @@ class Reflow(Flow):
         so a call that was cut off is called again, and several processes, or jobs that know nothing of each other,
         each draw their own shards: process r those of number r, r + world_size, and so on.
 
+        A store that is there has to be of the same settings. Compared are the numbers, names and options; tensors and
+        Modules, by the SHA-256 of their values; other callables by their qualified names, functools.partial by its
+        parts, objects by their public attributes; and the first pair that is there, x0, x1 and cond, with the same
+        pair drawn again, within 0.05 of its norm: other functions of one name are found by it, if they change it.
+
         Args:
             model: the trained network. A Module's parameters and buffers are part of the settings, by their SHA-256;
-                any other callable is not known there.
+                of any other callable the pair that is drawn again is all that is known.
             path: the folder of the store; made where it is missing.
             shape: [count, ...]: how many pairs, and the shape of one.
-            seed, stream: z0 of pair i is N(0, I) at Noise(seed, stream, sample_ids=[i]).
+            seed, stream: z0 of pair i is N(0, I) at Noise(seed, stream, sample_ids=[i]). sample(seed=) has the stream
+                0, so that what is sampled later does not start from a pair that was trained on; reflow() has 2, 3, ...
             x0: instead of that, the sources: a tensor of this shape, or a callable of the pairs' numbers, int64 [n]
                 on the CPU, giving [n, ...].
             cond: keyword arguments of the model, kept in the pairs: tensors [count, ...] by name, or a callable of the
@@ -146,7 +153,11 @@ class Reflow(Flow):
         if count and not PairStore.exists(path):
             drawn(torch.arange(1))  # what sample() refuses is refused before there is a store of it
         store = PairStore.create(path, count, shard_size, settings)
-        missing = [shard for shard in store.missing() if shard % world_size == rank]
+        absent = store.missing()
+        there = next((shard for shard in range(store.shards) if shard not in absent), None)
+        if there is not None:
+            same_pair(store, there, drawn(torch.tensor([store.ids(there).start])))
+        missing = [shard for shard in absent if shard % world_size == rank]
         with bar(progress, len(missing), "pairs") as tick:
             for shard in missing:
                 ids = store.ids(shard)
@@ -210,22 +221,26 @@ class Reflow(Flow):
 
         Each round has a folder, path/2-rectified, path/3-rectified, ..., with `pairs` and `network.safetensors`. What
         is whole is not made again: a call that was cut off goes on at the shard, or at the round's training, where it
-        stopped. With torch.distributed every process calls this.
+        stopped. A network whose file is cut off, or has other bytes than its SHA-256 says, is trained again. With
+        torch.distributed every process calls this.
 
         Args:
-            model: the 1-rectified flow's network, trained; not changed.
+            model: the 1-rectified flow's network, trained; not changed. Parameters that do not require a gradient are
+                not trained; where none does, as in an average, all of them are.
             path: the folder of all rounds.
             shape: [count, ...], of the pairs of a round.
             rounds: >= 1.
             seed: of pairs and training; the pairs of the k-rectified flow's training have the stream k.
             fit: PairFitOptions: steps=, batch_size=, lr=, ...
             train: instead of that, train(network, store, k) -> the trained network of the same class, which makes the
-                k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate.
+                k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate. It
+                is known by its qualified name alone: a network it made is kept though the function is another now.
             options: of write_pairs(): steps=, sampler=, cond=, uncond=, guidance_scale=, x0=, ... Guidance is of the
                 first round's pairs: the flows after it have it in them.
 
         Returns:
-            The networks of the 2-, 3-, ... rectified flows, in eval mode, on the model's device.
+            The networks of the 2-, 3-, ... rectified flows, in eval mode, on the model's device; their parameters
+            require a gradient where the model's do.
 
         Raises:
             ValueError: a folder there was made with other settings; as write_pairs() and training.fit().
@@ -257,11 +272,12 @@ class Reflow(Flow):
             model: the flow's network, of any order of reflow; not changed.
             path: a folder for the pairs and the network; what is whole there is kept.
             student_steps: K >= 1.
-            shape, seed, fit, train, options: as of reflow(); the pairs have the stream 0, train is called with K, and a
+            shape, seed, fit, train, options: as of reflow(); the pairs have the stream 1, train is called with K, and a
                 metric goes into fit={"loss_options": {"metric": ...}}.
 
         Returns:
-            The student, in eval mode: sample(student, ..., steps=K).
+            The student, in eval mode: sample(student, ..., steps=K). Its parameters require a gradient where the
+            model's do.
 
         Raises:
             ValueError, TypeError, ImportError: as reflow().
@@ -272,7 +288,7 @@ class Reflow(Flow):
             return self.distill_loss(*pair, student_steps=k, **more)
 
         return self._round(
-            model, pathlib.Path(path), shape, k, 0, seed, fit, train, options, loss, {"student_steps": k}
+            model, pathlib.Path(path), shape, k, PAIRS, seed, fit, train, options, loss, {"student_steps": k}
         )
 
     def _round(
@@ -286,14 +302,22 @@ class Reflow(Flow):
         if fit is not None and train is not None:
             raise ValueError("fit: expected None beside train, which takes its place")
         asked, student = checked_options(fit or {}), copy.deepcopy(model).eval()
+        flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+        frozen = sorted(name for name, flag in flags.items() if not flag) if any(flags.values()) else []
         store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=stream, **options)
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
+        how |= {"frozen": frozen} if frozen else {}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
-        whole = where.exists()
-        ranks.barrier()  # before any process may write it
-        if whole:
-            return files.load_network(student, where, named).requires_grad_(False).eval()
-        student.requires_grad_(True).train()
+        there = ranks.of_first(lambda: files.network_settings(where))
+        if there is not None and there != named:
+            raise ValueError(
+                f"path: expected a network of the same settings, {where} has {there!r}, asked for {named!r}"
+            )
+        if there is not None:
+            return files.load_network(student, where).eval()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        student.train()
         if train is None:
             student = fit_pairs(student, loss, store, seed=seed, progress=bool(options.get("progress")), **asked)
         else:
@@ -303,4 +327,6 @@ class Reflow(Flow):
         if ranks.placed(None, None)[0] == 0:
             files.save_network(student, where, named)
         ranks.barrier()
-        return student.requires_grad_(False).eval()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+        return student.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -23,7 +24,8 @@ class PairFitOptions(TypedDict, total=False):
     batch_size: pairs a step, over all processes; default 256.
     lr, warmup, weight_decay, betas: as of training.fit; lr defaults to 2e-4.
     ema_decay: of the average that is returned, in [0, 1); default 0.999, less over the first steps.
-    loss_options: further arguments of the loss, such as times=, kind=, weight=.
+    loss_options: further arguments of the loss, such as times=, kind=, weight=; reduction "mean" or "sum", over the
+        whole batch.
     """
 
     steps: int
@@ -56,11 +58,13 @@ def fit_pairs(
     """Trains a network on a store of pairs, in place.
 
     Where torch.distributed is initialised every process has its part of each batch, and gradients are averaged by
-    DistributedDataParallel; noise and times are functions of a sample's place in the whole batch, so that the training
-    is the same for any number of processes, up to rounding.
+    DistributedDataParallel; noise and times are functions of a sample's place in the whole batch: of "stratified" times
+    the strata are the whole batch's. So the training is the same for any number of processes, up to rounding, but for
+    what a process does with its part alone: a coupling that is not flows.Gathered, and a network's own random numbers
+    (dropout) and statistics of a batch.
 
     Args:
-        network: its parameters have to require a gradient.
+        network: those of its parameters that require a gradient are trained, at least one.
         loss: loss(network, x1, x0, cond=, noise=, **options["loss_options"]), such as that of RectifiedFlow.
         store: complete.
         seed: of the batches' order and of the losses' noise.
@@ -71,7 +75,8 @@ def fit_pairs(
         The average of the network, in eval mode, without gradients.
 
     Raises:
-        ValueError: the store is not complete; batch_size is no multiple of the number of processes; as of fit().
+        ValueError: the store is not complete; batch_size is no multiple of the number of processes; a reduction of
+            "none"; as of fit().
         TypeError: an unknown option.
         FloatingPointError: as of fit(); in every process at the same step.
     """
@@ -80,7 +85,7 @@ def fit_pairs(
     if missing:
         raise ValueError(f"pairs: expected all {store.shards} shards in {store.path}, {len(missing)} are missing")
     steps, batch_size, decay = asked.pop("steps"), asked.pop("batch_size"), asked.pop("ema_decay")
-    further = asked.pop("loss_options")
+    further = _of_whole(asked.pop("loss_options"), batch_size)
     rank, world_size = ranks.placed(None, None)
     if check.integer("batch_size", batch_size, 1) % world_size:
         raise ValueError(f"batch_size: expected a multiple of {world_size}, the processes, got {batch_size}")
@@ -90,11 +95,13 @@ def fit_pairs(
     called: nn.Module = network
     if world_size > 1:
         called = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+    # DDP averages the processes' gradients, which is the whole batch's for a mean, and 1 / world_size of it for a sum.
+    scale = world_size if further.get("reduction") == "sum" else 1
     places = torch.arange(rank * size, (rank + 1) * size, device=device)
 
     def of_batch(pairs: Any, step: int) -> Tensor:
         noise = Noise(seed, stream=step, sample_ids=places)
-        return loss(called, pairs.x1, pairs.x0, cond=pairs.cond, noise=noise, **further)
+        return scale * loss(called, pairs.x1, pairs.x0, cond=pairs.cond, noise=noise, **further)
 
     def update(step: int) -> None:
         average.update(network, decay=min(decay, (1 + step) / (10 + step)))  # the initial weights are no part of it
@@ -102,6 +109,21 @@ def fit_pairs(
     batches = store.batches(size, seed=seed, device=device)
     with bar(progress, steps, "train") as tick:
         fit(
-            network.parameters(), of_batch, batches, steps=steps, after_step=update, progress=lambda _: tick(), **asked
+            [parameter for parameter in network.parameters() if parameter.requires_grad], of_batch, batches,
+            steps=steps, after_step=update, progress=lambda _: tick(), **asked,
         )  # fmt: skip
     return average.module.eval()
+
+
+def _of_whole(options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """The loss's options, with the strata of the whole batch. ValueError: a reduction that gives no number."""
+    from ..methods.times import Stratified  # genkern.methods imports this module
+
+    found = dict(options)
+    check.choice("reduction", found.get("reduction", "mean"), ("mean", "sum"))
+    times = found.get("times")
+    if times == "stratified":
+        times = Stratified()
+    if isinstance(times, Stratified) and times.strata is None:
+        found["times"] = dataclasses.replace(times, strata=batch_size)
+    return found

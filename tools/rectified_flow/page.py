@@ -76,27 +76,38 @@ def _tables(name: str, record: dict[str, Any]) -> list[str]:
 
 
 def _verdicts(run: dict[str, Any]) -> list[str]:
-    """What the theorems say, of these learned flows: met where it is so within two standard errors."""
+    """What was found by order of reflow, of these learned flows."""
     found, flows = [], [run["flows"][f"{k}-rectified flow"] for k in ORDERS]
-    couplings = [run["independent"]["costs"], *(of["costs"] for of in flows)]
-    rising = [
-        f"{COSTS[c]} of the {k}-rectified flow"
-        for k in ORDERS
-        for c in COSTS
-        if couplings[k][c][0] > couplings[k - 1][c][0] + 2 * _both(couplings[k][c], couplings[k - 1][c])
-    ]
-    found.append("- Transport cost: " + (f"higher than before in {', '.join(rising)}." if rising else
-                 "in every round no cost rises, beyond two standard errors."))  # fmt: skip
 
     def row(of: Callable[[dict[str, Any]], float]) -> str:
         return ", ".join(f"{of(flow):.3g}" for flow in flows)
 
+    found.append(
+        f"- E {COSTS['squared']} by order of reflow: {row(lambda of: of['costs']['squared'][0])} (means of the same "
+        "sources; a learned flow may cost a little more)."
+    )
+    if "cost differences" in run:
+        found.append(_moved(run["cost differences"]))
     found.append(f"- Straightness by order of reflow: S(Z) = {row(lambda of: of['straightness'][0])}.")
     found.append(
         f"- {run['metric']} by order of reflow: {row(lambda of: of['quality']['1'][0])} at one call, "
         f"{row(lambda of: of['quality']['50'][0])} at 50."
     )
     return found
+
+
+def _moved(differences: dict[str, dict[str, list[float]]]) -> str:
+    """Which costs rose or fell from one learned flow to the next, by the errors of paired differences."""
+    parts = []
+    for name, of in differences.items():
+        rose = [COSTS[cost] for cost, (mean, error) in of.items() if mean > 2.0 * error]
+        fell = [COSTS[cost] for cost, (mean, error) in of.items() if mean < -2.0 * error]
+        parts.append(f"of the {name} {_list(rose)} rose and {_list(fell)} fell")
+    return f"- Transport costs against the flow before, beyond two paired standard errors: {'; '.join(parts)}."
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"
 
 
 def _theorems(record: dict[str, Any]) -> list[str]:
@@ -116,7 +127,3 @@ def _likelihoods(record: dict[str, Any]) -> list[str]:
 
 def _pm(value: list[float], digits: int) -> str:
     return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
-
-
-def _both(a: list[float], b: list[float]) -> float:
-    return (a[1] ** 2 + b[1] ** 2) ** 0.5

@@ -13,7 +13,7 @@ from genkern.demo.plots import GREY, ROUND, _figure, _strip
 
 from . import exact
 from .problems import Problem
-from .runs import FINE, FLOW, ORDERS
+from .runs import EVALUATED, FINE, FLOW, ORDERS
 
 COLOURS = {1: "#1f5fa8", 2: "#e8963a", 3: "#b5391f"}
 BLUE, RED = "#1f5fa8", "#b5391f"
@@ -66,7 +66,7 @@ def plane(problem: Problem, networks: dict[str, nn.Module], path: pathlib.Path) 
     named = [(f"{k}-rectified, one step", networks[f"{k}-rectified flow"]) for k in ORDERS]
     for column, (title, network) in enumerate([*named, ("1-rectified, distilled", networks[STUDENT])]):
         axes = _square(figure, column, 1, problem)
-        one = FLOW.sample(network, shape, steps=1, seed=0)
+        one = FLOW.sample(network, shape, steps=1, seed=EVALUATED)
         axes.scatter(*real.T, s=4, color="#d5dbe1", linewidths=0)
         axes.scatter(*one.cpu().T, s=4, color=RED, linewidths=0, alpha=0.7)
         axes.set_title(f"{title}\n", fontsize=11.5, weight="bold")
@@ -87,7 +87,7 @@ def digits(problem: Problem, networks: dict[str, nn.Module], path: pathlib.Path)
     height = 1.0 / (len(rows) + 2)
     pictures = [("Real digits", "", problem.data[:20])]
     for name, calls in rows:
-        drawn = FLOW.sample(networks[name], (20, *problem.shape), steps=calls, seed=0)
+        drawn = FLOW.sample(networks[name], (20, *problem.shape), steps=calls, seed=EVALUATED)
         pictures.append((name, f"{calls} call{'s' if calls > 1 else ''}", drawn))
     for k, (name, calls, images) in enumerate(pictures):
         y = 1.0 - (k + 1.5) * height

@@ -7,6 +7,7 @@ flow k, distilled its student of one step, by RectifiedFlow.distill
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import time
@@ -26,6 +27,7 @@ FLOW = gk.RectifiedFlow()
 CALLS = (1, 2, 5, 10, 50)
 ORDERS = (1, 2, 3)
 FINE = 100  # Euler steps of a trajectory that is measured
+EVALUATED = 1000  # seeds from here on are of samples that are judged and shown; training has seed to seed + 3
 PAIR_STEPS = {"digits": 20}  # Heun steps of a pair; 50 elsewhere
 
 
@@ -56,12 +58,16 @@ def run(problem: Problem, folder: pathlib.Path, seed: int) -> Ran:
         students[f"{k}-rectified flow, distilled"] = FLOW.distill(
             source, folder / f"distilled-{k}", shape, seed=seed + k, fit=fit, **pairs
         )
+    measured, costs = {}, {}
+    for name, network in networks.items():
+        measured[name], costs[name] = _measured(problem, network, seed)
     record = {
         "budget": dataclasses.asdict(budget),
         "metric": problem.metric,
         "floor": problem.floor,
         "independent": {"costs": _independent(problem, seed)},
-        "flows": {name: _measured(problem, network, seed) for name, network in networks.items()},
+        "flows": measured,
+        "cost differences": differences(costs),
         "students": {name: {"quality": _quality(problem, of, (1,))} for name, of in students.items()},
         "seconds": {"training and reflow": trained, "all": time.perf_counter() - start},
     }
@@ -85,16 +91,27 @@ def _first(problem: Problem, seed: int) -> nn.Module:
     return average.module.eval()
 
 
-def _measured(problem: Problem, network: nn.Module, seed: int) -> dict[str, Any]:
-    """Measures of trajectories of Euler's method with FINE steps, and the quality at every number of calls."""
+def _measured(problem: Problem, network: nn.Module, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Measures of trajectories of Euler's method with FINE steps, and the quality at every number of calls; and every
+    sample's costs, from sources that are the same for every flow."""
     shape = (problem.budget.samples, *problem.shape)
-    end, path = FLOW.sample(network, shape, steps=FINE, seed=seed + 100, return_trajectory=True)
+    end, path = FLOW.sample(network, shape, steps=FINE, seed=EVALUATED + seed, return_trajectory=True)
+    costs = {cost: flows.transport_cost(path[0], end, cost) for cost in flows.COSTS}
     return {
         "straightness": _mean(flows.straightness(path)),
         "curvature": _mean(flows.curvature(path)),
-        "costs": {cost: _mean(flows.transport_cost(path[0], end, cost)) for cost in flows.COSTS},
+        "costs": {cost: _mean(of) for cost, of in costs.items()},
         "quality": _quality(problem, network, CALLS),
-    }
+    }, costs
+
+
+def differences(costs: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """E c(d_k) - c(d_{k-1}) of flows in their order, from the same sources: its mean and the standard error of the
+    differences, which is not that of two means by themselves."""
+    found = {}
+    for (_, before), (name, after) in itertools.pairwise(costs.items()):
+        found[name] = {cost: _mean(after[cost].double() - before[cost].double()) for cost in after}
+    return found
 
 
 def _independent(problem: Problem, seed: int) -> dict[str, list[float]]:
@@ -103,7 +120,7 @@ def _independent(problem: Problem, seed: int) -> dict[str, list[float]]:
     while len(x1) < problem.budget.samples:
         x1 = torch.cat([x1, next(problem.batches)])
     x1 = x1[: problem.budget.samples]
-    x0 = gk.ops.randn(tuple(x1.shape), noise=Noise(seed + 200), device=x1.device)
+    x0 = gk.ops.randn(tuple(x1.shape), noise=Noise(EVALUATED + seed), device=x1.device)
     return {cost: _mean(flows.transport_cost(x0, x1, cost)) for cost in flows.COSTS}
 
 
@@ -112,7 +129,8 @@ def _quality(problem: Problem, network: nn.Module, counts: tuple[int, ...]) -> d
     shape, found = (problem.budget.samples, *problem.shape), {}
     for calls in counts:
         drawn = [
-            problem.quality(FLOW.sample(network, shape, steps=calls, seed=seed)) for seed in range(problem.budget.seeds)
+            problem.quality(FLOW.sample(network, shape, steps=calls, seed=EVALUATED + k))
+            for k in range(problem.budget.seeds)
         ]
         found[str(calls)] = _mean(torch.tensor(drawn, dtype=torch.float64))
     return found
