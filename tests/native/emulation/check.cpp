@@ -1,6 +1,6 @@
 // Random passes through the CPU kernels and the emulated CUDA kernels: map and the residual of reduce agree bit for
-// bit, sums and the total over the batch to 1e-5. Prints "passes N" when all do; says which pass differed and exits with
-// 1 otherwise.
+// bit, sums and the total over the batch to 1e-5. Prints "passes N" when all do; says which pass differed and exits
+// with 1 otherwise.
 #include "passes.h"
 
 namespace {
