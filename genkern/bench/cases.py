@@ -24,11 +24,16 @@ STORED = ("float32", "bfloat16", "float16")  # where there is no network output,
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A case that can be built: its name, the dtypes that it exists in, and the function that builds it."""
+    """A case that can be built: its name, the dtypes that it exists in, and the function that builds it.
+
+    compared_in: the dtype in which results are compared, where in 16 bits a baseline's own roundings, one an operation,
+    add up to more than what tells it from another formula; None: that of the case.
+    """
 
     name: str
     dtypes: tuple[str, ...]
     build: Callable[[World], Case]
+    compared_in: str | None = None
 
 
 def normals_name(threads: int | None, isa: str | None) -> str:
@@ -112,9 +117,9 @@ def specs(device: torch.device) -> list[Spec]:
         Spec("path_loss, forward and backward", STORED, bind(ops.path_loss, backward=True)),
         Spec("flow matching, around the network", STORED, loops.flow_training),
         # Not in float16: the written formula's slope (x - D) / t rounds 2% of the largest number away.
-        Spec("CD, around the networks", STORED[:2], training.distillation),
-        Spec("ECT, around the networks", STORED, training.tuning),
-        Spec("sCM, around the network", STORED, training.continuous),
+        Spec("CD, around the networks", STORED[:2], training.distillation, "float32"),
+        Spec("ECT, around the networks", STORED, training.tuning, "float32"),
+        Spec("sCM, around the network", STORED, training.continuous, "float32"),
     ]
     if device.type == "cpu":
         for isa in instruction_sets():

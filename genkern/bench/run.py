@@ -112,10 +112,10 @@ def measured(setup: Setup, compiler: Compiler) -> Iterator[dict[str, Any]]:
     without = Compiler(wanted=False)
     for dtype in setup.dtypes:
         world = World(setup.device, dtype, cases.elements_of(setup.mib), compiler)
-        small = World(setup.device, dtype, SMALL, without, same_noise=True)
         for spec in cases.chosen(setup.device, setup.only):
             if dtype not in spec.dtypes:
                 continue
+            small = World(setup.device, spec.compared_in or dtype, SMALL, without, same_noise=True)
             compared = spec.build(small)
             with cases.setting(compared):
                 agreement = deviations(compared)
