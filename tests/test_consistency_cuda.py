@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import NO_CUDA, cuda_works
 from torch import nn
+from watching import unsynchronised
 
 import genkern as gk
 from genkern.methods import PathTeacher, metrics
 from genkern.training import EMA, EMASet, Guard, PowerDecay
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not cuda_works(), reason=NO_CUDA)]
-
-
-@contextlib.contextmanager
-def unsynchronised():
-    """An error where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import integrate
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Calls
 
 import genkern as gk
 from genkern.training import EMASet, PowerDecay
@@ -88,16 +88,6 @@ def test_set_of_constant_decays_is_as_many_single_averages():
     for a, b in zip(emas.averages, single, strict=True):
         for x, y in zip(a.module.state_dict().values(), b.module.state_dict().values(), strict=True):
             assert torch.equal(x, y)
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype, launches", [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import NO_CUDA, cuda_works
 from torch import nn
+from watching import unsynchronised
 
 import genkern as gk
 from genkern import flows, paths
@@ -16,16 +15,6 @@ from genkern.methods.times import Stratified
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not cuda_works(), reason=NO_CUDA)]
 
 F64 = torch.float64
-
-
-@contextlib.contextmanager
-def unsynchronised():
-    """An error where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("times", [None, flows.Beta(2.0, 0.7), Stratified(of=flows.LogitNormal()), flows.UShaped()])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import NO_CUDA, cuda_works
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Calls
 
 import genkern as gk
 from genkern.noise import Noise
@@ -218,16 +218,6 @@ def test_empty_gradients_are_skipped(dtype, device):
     alone = Guard(device)
     alone.watch(0, torch.ones((), device=device), parameters[:1])  # of its type there is no other
     assert alone.finish() is None
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_launches_of_a_guarded_step_do_not_grow_with_the_parameters():
