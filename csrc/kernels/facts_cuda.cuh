@@ -1,9 +1,10 @@
 // What a kernel knows of its pass when it is compiled.
 //
-// The general kernels ask the pass: which terms it has and of what types are uniform branches at run time, so that one
-// of them serves every pass. A branch holds a warp back for tens of cycles before its next load is issued, which costs
-// a tenth and more of the memory's rate; the passes that samplers and losses are made of (kMapTerms, kReduceTerms) are
-// therefore compiled with their terms and types fixed, from the same source.
+// The general kernels (Any) ask the pass: which terms it has and of what types are uniform branches at run time, so
+// that one of them serves every pass. A branch holds a warp back for tens of cycles before its next load is issued, and
+// room for every term and type fills the registers: half of the memory's rate, a third in 16 bits. Passes of the usual
+// types in whole vectors have kernels that ask for the terms alone (Typed); those that samplers and losses are made of
+// (kMapTerms, kReduceTerms) are compiled with their terms fixed as well (Known), from the same source.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +26,8 @@ constexpr int kOutsShift = kInputs + 3;
 constexpr uint32_t terms(int n_out, uint32_t others) { return others | static_cast<uint32_t>(n_out) << kOutsShift; }
 constexpr uint32_t residual(uint32_t others) { return terms(1, others | kResidual); }
 
-constexpr uint32_t X = 1u << kX, M = 1u << kM, U = 1u << kMUncond, H = 1u << kH0, Z = 1u << kZ, Mask = 1u << kMask;
+constexpr uint32_t X = 1u << kX, M = 1u << kM, U = 1u << kMUncond, H = 1u << kH0, H1 = 1u << kH1, Z = 1u << kZ;
+constexpr uint32_t Mask = 1u << kMask;
 constexpr uint32_t Scaled = 1u << kV, Blended = 1u << kKnownData | Mask;
 
 // Two outputs: the state and the network's next input, or the noise, or a prediction that is kept.
@@ -72,10 +74,12 @@ constexpr uint32_t kMapPermutedTerms[] = {
     terms(1, kDrawn), terms(1, X | kDrawn), terms(2, X | kDrawn), terms(1, X | M | kDrawn), terms(2, X | M | kDrawn),
 };
 
-// Residuals: m against noise, data or both, or against a given target; with a mask or without.
+// Residuals: m against noise, data or both, or against a given target; with a mask or without; and those of consistency
+// models, where h is the target's output, the derivative, or the teacher's state.
 constexpr uint32_t kReduceTerms[] = {
     residual(M | kDrawn),        residual(X | M | kDrawn),        residual(X | M),        residual(X | M | H),
     residual(M | kDrawn | Mask), residual(X | M | kDrawn | Mask), residual(X | M | Mask), residual(X | M | Z),
+    residual(X | M | H | H1),    residual(X | M | H | kDrawn),    residual(M | H | H1),
 };
 
 constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
@@ -83,15 +87,13 @@ constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | 
 // Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
 enum class Types { f32, mixed, half };
 
-// Any pass; kWide: with room for all terms and outputs, else for those of the common passes; with elementwise
-// coefficients or without.
-template <bool kWideTerms, bool kDraws, bool kHasElementwise = false>
-struct Any {
-  static constexpr bool kKnown = false, kDraw = kDraws, kElementwise = kHasElementwise;
-  static constexpr int kHs = kWideTerms ? kMaxH : 1;
-  static constexpr int kOuts = kWideTerms ? kMaxOuts : 1;
+// A pass's terms and outputs, asked at run time; room for kMostHs of h and kMostOuts outputs.
+template <int kMostHs, int kMostOuts>
+struct Asked {
+  static constexpr bool kCopied = false;  // the row's cells into registers
+  static constexpr int kHs = kMostHs, kOuts = kMostOuts;
   static constexpr bool kScales = false;
-  static constexpr int kUnroll = 1, kBlocks = 1;
+  static constexpr int kUnroll = 1;
 
   template <typename Pass>
   static __device__ bool has(const Pass& pass, int k) {
@@ -105,21 +107,56 @@ struct Any {
   static __device__ int n_out(const Pass& pass) {
     return pass.n_out;
   }
+};
+
+// The types of a pass of whole aligned vectors, with normal noise; kReduced: its output is a residual.
+template <Types kTypes, bool kReduced>
+struct Fixed {
+  static constexpr bool kWhole = true;
+
+  template <typename Pass>
+  static __device__ DType dtype(const Pass& pass, int k) {
+    if (kTypes == Types::f32 && k != kMask) return DType::f32;
+    if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
+    const bool of_network = k == kM || k == kMUncond || k == kV || (k == kInputs && kReduced);
+    if (of_network) return sixteen(pass.dtype[k]);
+    if (k >= kH0 && k <= kH2) return pass.dtype[k] == DType::f32 ? DType::f32 : sixteen(pass.dtype[k]);
+    return k < kMask || k == kKnownData || k == kInputs ? DType::f32 : pass.dtype[k];
+  }
+
+ private:
+  // Of two types, said so that the compiler knows the size.
+  static __device__ DType sixteen(DType dtype) { return dtype == DType::bf16 ? DType::bf16 : DType::f16; }
+};
+
+// Any pass, with elementwise coefficients or without.
+template <int kMostHs, int kMostOuts, bool kDraws, bool kHasElementwise = false>
+struct Any : Asked<kMostHs, kMostOuts> {
+  static constexpr bool kWhole = false, kDraw = kDraws, kElementwise = kHasElementwise;
+  static constexpr int kBlocks = 1;
+
   template <typename Pass>
   static __device__ DType dtype(const Pass& pass, int k) {
     return pass.dtype[k];
   }
 };
 
+// Any pass of these types.
+template <int kMostHs, int kMostOuts, bool kDraws, Types kTypes, bool kReduced>
+struct Typed : Asked<kMostHs, kMostOuts>, Fixed<kTypes, kReduced> {
+  static constexpr bool kDraw = kDraws, kElementwise = false;
+  static constexpr int kBlocks = kMostHs > 1 && kDraws ? 2 : 3;
+};
+
 template <uint32_t kTerms, Types kTypes>
-struct Known {
-  static constexpr bool kKnown = true, kDraw = (kTerms & kDrawn) != 0;
+struct Known : Fixed<kTypes, (kTerms & kResidual) != 0> {
+  static constexpr bool kCopied = true, kDraw = (kTerms & kDrawn) != 0;
   static constexpr bool kElementwise = (kTerms & (1u << kV | 1u << kKnownData)) != 0;
-  static constexpr int kHs = (kTerms & H) != 0 ? 1 : 0;
+  static constexpr int kHs = (kTerms & H1) != 0 ? 2 : (kTerms & H) != 0 ? 1 : 0;
   static constexpr int kOuts = static_cast<int>(kTerms >> kOutsShift);
-  static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) +
-                                      ((kTerms & H) != 0) + ((kTerms & Z) != 0) + ((kTerms & Mask) != 0) +
-                                      ((kTerms & 1u << kV) != 0) + ((kTerms & 1u << kKnownData) != 0);
+  static constexpr int kInputsGiven = ((kTerms & X) != 0) + ((kTerms & M) != 0) + ((kTerms & U) != 0) + kHs +
+                                      ((kTerms & Z) != 0) + ((kTerms & Mask) != 0) + ((kTerms & 1u << kV) != 0) +
+                                      ((kTerms & 1u << kKnownData) != 0);
   // One term scaled into one output: nothing to do where that is the term itself and the scale 1.
   static constexpr bool kScales = kTerms == terms(1, X);
   // Vectors that a thread has in flight, as they were fastest on an H100.
@@ -143,19 +180,6 @@ struct Known {
   static __device__ constexpr int n_out(const Pass&) {
     return kOuts;
   }
-  template <typename Pass>
-  static __device__ DType dtype(const Pass& pass, int k) {
-    if (kTypes == Types::f32 && k != kMask) return DType::f32;
-    if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
-    const bool of_network = k == kM || k == kMUncond || k == kV || (k == kInputs && (kTerms & kResidual) != 0);
-    if (of_network) return sixteen(pass.dtype[k]);
-    if (k >= kH0 && k <= kH2) return pass.dtype[k] == DType::f32 ? DType::f32 : sixteen(pass.dtype[k]);
-    return k < kMask || k == kKnownData || k == kInputs ? DType::f32 : pass.dtype[k];
-  }
-
- private:
-  // Of two types, said so that the compiler knows the size.
-  static __device__ DType sixteen(DType dtype) { return dtype == DType::bf16 ? DType::bf16 : DType::f16; }
 };
 
 }  // namespace

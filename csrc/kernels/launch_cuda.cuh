@@ -56,8 +56,8 @@ inline uint32_t terms_of(const MapArgs& args, uint32_t reduced) {
   return args.use_pred ? found | kPredicted : found;
 }
 
-// Whether there are known passes of these types, in whole aligned vectors; and of which types.
-inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types& types) {
+// Whether a pass is of fixed types, in whole aligned vectors; and of which types.
+inline bool fixed(const MapArgs& args, const Walk& walk, uint32_t reduced, Types& types) {
   if (args.f64 || args.noise.draw_kind == Draw::uniform) return false;
   const auto size = [&](int k) { return size_of(array_of(args, k).dtype); };
   const auto of_network = [&](int k) { return k == kM || k == kMUncond || k == kV || (k == kInputs && reduced != 0); };
@@ -71,7 +71,7 @@ inline bool known(const MapArgs& args, const Walk& walk, uint32_t reduced, Types
   }
   if (state == 0) state = network;
   for (int k = kH0; k < kInputs + args.n_out; ++k) {
-    const bool either = (k <= kH2 && given(args, k)) || k > kInputs;
+    const bool either = given(args, k) && (k <= kH2 || k > kInputs);
     if (either && size(k) > state) return false;
     if (either) least = std::min(least, size(k));
   }
@@ -106,13 +106,33 @@ bool launch_types(uint32_t terms, Types types, const Operation& operation) {
   }
 }
 
-// Launches the kernel that was compiled for this pass, if there is one.
-template <const auto& kLinear, const auto& kPermuted, typename Operation>
-bool launch_known(const MapArgs& args, const Walk& walk, uint32_t reduced, const Operation& operation) {
+// A linear pass whose terms are asked for.
+template <int kHs, int kOuts, bool kDraws, typename Operation>
+void launch_typed(Types types, const Operation& operation) {
+  const auto launch = [&](auto known) {
+    constexpr Types kTypes = decltype(known)::value;
+    constexpr int kVec = kTypes == Types::half ? 8 : 4;
+    using Facts = Typed<kHs, kOuts, kDraws, kTypes, Operation::kReduced != 0>;
+    operation.template launch<Vector<float, kVec, Layout::linear, Facts>>();
+  };
+  switch (types) {
+    case Types::f32: return launch(std::integral_constant<Types, Types::f32>());
+    case Types::mixed: return launch(std::integral_constant<Types, Types::mixed>());
+    default: return launch(std::integral_constant<Types, Types::half>());
+  }
+}
+
+// Launches a kernel that was compiled for a pass of these types, if there is one: for its terms or, by typed(types),
+// for any.
+template <const auto& kLinear, const auto& kPermuted, typename Operation, typename LaunchTyped>
+bool launch_fixed(const MapArgs& args, const Walk& walk, const Operation& operation, LaunchTyped typed) {
   Types types;
-  if (!known(args, walk, reduced, types)) return false;
-  const uint32_t terms = terms_of(args, reduced);
-  if (walk.linear) return launch_types<kLinear, Layout::linear>(terms, types, operation);
+  if (!fixed(args, walk, Operation::kReduced, types)) return false;
+  const uint32_t terms = terms_of(args, Operation::kReduced);
+  if (walk.linear) {
+    if (!launch_types<kLinear, Layout::linear>(terms, types, operation)) typed(types);
+    return true;
+  }
   return Tiles().of(walk, types == Types::half ? 8 : 4) &&
          launch_types<kPermuted, Layout::permuted>(terms, types, operation);
 }
@@ -143,13 +163,16 @@ void launch_any(const MapArgs& args, const Walk& walk, Launch launch) {
   args.f64 ? launch(double(), Int<1>(), kStrided) : launch(float(), Int<1>(), kStrided);
 }
 
-// operation.launch() of a general kernel for any pass that draws no noise.
+// operation.launch() of a kernel for any pass that draws no noise.
 template <typename Operation>
 void launch_undrawn(const MapArgs& args, const Walk& walk, const Operation& operation) {
+  Types types;
+  if (walk.linear && fixed(args, walk, Operation::kReduced, types))
+    return launch_typed<kMaxH, kMaxOuts, false>(types, operation);
   launch_any(args, walk, [&](auto acc, auto vec, auto layout) {
     constexpr Layout kLayout = decltype(layout)::value;
     if constexpr (kLayout != Layout::permuted)
-      operation.template launch<Vector<decltype(acc), decltype(vec)::value, kLayout, Any<true, false>>>();
+      operation.template launch<Vector<decltype(acc), decltype(vec)::value, kLayout, Any<kMaxH, kMaxOuts, false>>>();
   });
 }
 
@@ -172,6 +195,7 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
   pass.n_out = args.n_out;
   pass.use_pred = args.use_pred;
   pass.by_sample = args.rows.by_sample();
+  for (int k = 0; k < args.rows.n_values; ++k) pass.by_value |= uint64_t{1} << args.rows.values[k].cell;
   for (int c = 0; c < kMaxCells; ++c) pass.cells[c] = static_cast<Acc>(args.rows.base[c]);
   pass.noise = args.noise;
   pass.keys = philox_rounds(philox_key(args.noise.seed, args.noise.stream));

@@ -11,6 +11,7 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks) map_kernel(const __grid_
 }
 
 struct Map {
+  static constexpr uint32_t kReduced = 0;
   const MapArgs& args;
   const Walk& walk;
   cudaStream_t stream;
@@ -39,20 +40,27 @@ const char* map_cuda(const MapArgs& args, void* stream) {
     return launch_error();
   }
   const Map map{args, walk, queue};
-  if (launch_known<kMapTerms, kMapPermutedTerms>(args, walk, 0, map)) return launch_error();
   const bool draw = args.noise.draw_kind != Draw::none, wide = is_wide(args);
+  const auto typed = [&](Types types) {
+    if (wide) {
+      draw ? launch_typed<kMaxH, kMaxOuts, true>(types, map) : launch_typed<kMaxH, kMaxOuts, false>(types, map);
+    } else {
+      draw ? launch_typed<1, 1, true>(types, map) : launch_typed<1, 1, false>(types, map);
+    }
+  };
+  if (launch_fixed<kMapTerms, kMapPermutedTerms>(args, walk, map, typed)) return launch_error();
   launch_any(args, walk, [&](auto acc, auto vec, auto layout) {
     using Acc = decltype(acc);
     constexpr int kVec = decltype(vec)::value;
     constexpr Layout kLayout = decltype(layout)::value;
     if constexpr (kLayout == Layout::permuted) {
-      map.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>();
+      map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, true>>>();
     } else if (kLayout == Layout::strided || wide) {
-      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>()
-           : map.launch<Vector<Acc, kVec, kLayout, Any<true, false>>>();
+      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, true>>>()
+           : map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, false>>>();
     } else if constexpr (kLayout == Layout::linear) {
-      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<false, true>>>()
-           : map.launch<Vector<Acc, kVec, kLayout, Any<false, false>>>();
+      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<1, 1, true>>>()
+           : map.launch<Vector<Acc, kVec, kLayout, Any<1, 1, false>>>();
     }
   });
   return launch_error();

@@ -29,7 +29,7 @@ struct MapElementwise {
 // Launches the kernel that was compiled for this pass, if there is one.
 bool launch_common(const MapArgs& args, const Walk& walk, const MapElementwise& map) {
   Types types;
-  return walk.linear && known(args, walk, 0, types) &&
+  return walk.linear && fixed(args, walk, 0, types) &&
          launch_types<kElementwiseTerms, Layout::linear>(terms_of(args, 0), types, map);
 }
 
@@ -44,10 +44,10 @@ void map_elementwise(const MapArgs& args, const Walk& walk, cudaStream_t stream)
     constexpr int kVec = decltype(vec)::value;
     constexpr Layout kLayout = decltype(layout)::value;
     if constexpr (kLayout == Layout::permuted) {
-      map.launch<Vector<Acc, kVec, kLayout, Any<true, true, true>>>();
+      map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, true, true>>>();
     } else {
-      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<true, true, true>>>()
-           : map.launch<Vector<Acc, kVec, kLayout, Any<true, false, true>>>();
+      draw ? map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, true, true>>>()
+           : map.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, kMaxOuts, false, true>>>();
     }
   });
 }

@@ -165,6 +165,7 @@ size_t tallies_bytes(const Walk& walk) {
 }
 
 struct QuantilePass {
+  static constexpr uint32_t kReduced = 0;
   const QuantileArgs& args;
   const Walk& walk;
   cudaStream_t stream;

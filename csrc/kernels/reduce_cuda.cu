@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
     Acc r[V::kOuts][kVec], mask[kVec];
     vector.apply(pass, cells, draw, r);
     if (masked) decode<Acc, kVec>(vector.mask, V::Facts::dtype(pass, kMask), mask);
-    // A known pass has whole vectors, and no branch an element.
-    const int count = V::Facts::kKnown ? kVec : vector.count;
+    // In whole vectors no branch an element.
+    const int count = V::Facts::kWhole ? kVec : vector.count;
     const auto weigh = [&](auto rho_of) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -112,6 +112,7 @@ constexpr int64_t kOneBlock = 32 * kThreads;  // numbers that one block adds in 
 constexpr int64_t kTotalBlocks = 256;
 
 struct Reduce {
+  static constexpr uint32_t kReduced = kResidual;
   const ReduceArgs& args;
   const Walk& walk;
   cudaStream_t stream;
@@ -172,18 +173,21 @@ const char* reduce_cuda(const ReduceArgs& args, void* stream) {
                  : reduce.add_up(nullptr, 0, 1, static_cast<float*>(args.total));
     return launch_error();
   }
-  if (walk.n > 0 && launch_known<kReduceTerms, kReducePermutedTerms>(args.map, walk, kResidual, reduce))
-    return launch_error();
   const bool draw = args.map.noise.draw_kind != Draw::none;
+  const auto typed = [&](Types types) {
+    draw ? launch_typed<kMaxH, 1, true>(types, reduce) : launch_typed<kMaxH, 1, false>(types, reduce);
+  };
+  if (walk.n > 0 && launch_fixed<kReduceTerms, kReducePermutedTerms>(args.map, walk, reduce, typed))
+    return launch_error();
   launch_any(args.map, walk, [&](auto acc, auto vec, auto layout) {
     using Acc = decltype(acc);
     constexpr int kVec = decltype(vec)::value;
     constexpr Layout kLayout = decltype(layout)::value;
     if constexpr (kLayout == Layout::permuted) {
-      reduce.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>();
+      reduce.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, 1, true>>>();
     } else {
-      draw ? reduce.launch<Vector<Acc, kVec, kLayout, Any<true, true>>>()
-           : reduce.launch<Vector<Acc, kVec, kLayout, Any<true, false>>>();
+      draw ? reduce.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, 1, true>>>()
+           : reduce.launch<Vector<Acc, kVec, kLayout, Any<kMaxH, 1, false>>>();
     }
   });
   return launch_error();

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const double* partials, i
 }
 
 struct StatPass {
+  static constexpr uint32_t kReduced = 0;
   const StatArgs& args;
   const Walk& walk;
   cudaStream_t stream;

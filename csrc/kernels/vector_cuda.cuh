@@ -42,8 +42,8 @@ struct Offsets {
 
 struct Nothing {};
 
-// The cells that a known pass uses, in registers.
-template <typename Acc, typename Facts>
+// The cells that a pass uses, in registers.
+template <typename Acc, typename Facts, bool kCopied = Facts::kCopied>
 struct Cells {
   Acc c[Facts::kElementwise ? kRowCells : kMaxCells];
 
@@ -67,7 +67,8 @@ struct Cells {
       if (Facts::use_pred(pass)) c[first + kOutY] = from[first + kOutY];
       if (Facts::has(pass, kX)) c[first + kOutX] = from[first + kOutX];
       if (Facts::has(pass, kM)) c[first + kOutM] = from[first + kOutM];
-      if (Facts::has(pass, kH0)) c[first + kOutH0] = from[first + kOutH0];
+#pragma unroll
+      for (int k = 0; k < Facts::kHs; ++k) c[first + kOutH0 + k] = from[first + kOutH0 + k];
       if (Facts::kDraw || Facts::has(pass, kZ)) c[first + kOutZ] = from[first + kOutZ];
       if (Facts::has(pass, kKnownData)) {
         const int of_known = kFirstKnown + kKnownCells * j;
@@ -80,23 +81,19 @@ struct Cells {
 };
 
 // Those of any pass, where they lie.
-template <typename Acc, bool kWide, bool kDraws>
-struct Cells<Acc, Any<kWide, kDraws, false>> {
+template <typename Acc, typename Facts>
+struct Cells<Acc, Facts, false> {
   const Acc* c;
 
-  template <typename P>
-  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc, kMaxCells>& shared)
-      : c(pass.by_sample ? shared.rows[threadIdx.y] : pass.cells) {}
-  __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
-};
-
-template <typename Acc, bool kWide, bool kDraws>
-struct Cells<Acc, Any<kWide, kDraws, true>> {
-  const Acc* c;
-
-  template <typename P>
-  __device__ __forceinline__ Cells(const P& pass, const Shared<Acc, kRowCells>& shared)
-      : c(pass.by_sample ? shared.rows[threadIdx.y] : pass.row) {}
+  template <typename P, typename S>
+  __device__ __forceinline__ Cells(const P& pass, const S& shared) : c(shared.rows[threadIdx.y]) {
+    if (pass.by_sample) return;
+    if constexpr (Facts::kElementwise) {
+      c = pass.row;
+    } else {
+      c = pass.cells;
+    }
+  }
   __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
 };
 
@@ -112,7 +109,7 @@ struct Vector {
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
   // Of any pass with elementwise coefficients, two where the registers suffice for them.
   static constexpr int kBlocks =
-      Facts::kElementwise && !Facts::kKnown && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
+      Facts::kElementwise && !Facts::kWhole && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
   // Vectors of 8 are of halves only.
   static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
 
@@ -124,7 +121,7 @@ struct Vector {
   std::conditional_t<Facts::kElementwise, Raw<kWords>, Nothing> v, known;
 
   __device__ __forceinline__ bool whole(const Pass& pass, int k) const {
-    return Facts::kKnown || (kLayout != Layout::strided && kVec > 1 && count == kVec && (pass.aligned >> k & 1u) != 0);
+    return Facts::kWhole || (kLayout != Layout::strided && kVec > 1 && count == kVec && (pass.aligned >> k & 1u) != 0);
   }
 
   __device__ __forceinline__ char* at(const Pass& pass, int k, int size) const {
@@ -142,11 +139,11 @@ struct Vector {
     load_bytes<kVec>(at(pass, k, size), size, whole(pass, k), count, raw);
   }
 
-  // Elements from `element` to `end` at most; a known pass has whole vectors only.
+  // Elements from `element` to `end` at most, or whole vectors only.
   __device__ __forceinline__ void fetch(const Pass& pass, int64_t sample, int64_t element, int64_t end) {
     b = sample, e = element;
     const int64_t left = b < pass.batch ? end - e : 0;
-    count = left <= 0 ? 0 : Facts::kKnown || left >= kVec ? kVec : static_cast<int>(left);
+    count = left <= 0 ? 0 : Facts::kWhole || left >= kVec ? kVec : static_cast<int>(left);
     if (count == 0) return;
     if constexpr (kLayout == Layout::strided) {
       if (pass.n >> 32 == 0) {

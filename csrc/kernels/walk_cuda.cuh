@@ -22,7 +22,7 @@ struct Quads {
       draw = source.draw + (on_device ? static_cast<uint32_t>(source.device_key[2]) : 0u);
       const int64_t id = source.sample_ids != nullptr && b < pass.batch ? source.sample_ids[b] : b;
       low = static_cast<uint32_t>(id), high = static_cast<uint32_t>(static_cast<uint64_t>(id) >> 32);
-      normal = Facts::kKnown || source.draw_kind == Draw::normal;
+      normal = Facts::kWhole || source.draw_kind == Draw::normal;
     }
   }
 
@@ -53,11 +53,12 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
   using Acc = typename V::Acc;
   constexpr int kUnroll = V::Facts::kUnroll;
   const int64_t b = sample_of_thread();
+  const RowRead<Acc> row(pass, b);
   bool scales = false;
   if constexpr (V::Facts::kScales) {
     scales = pass.by_sample && pass.data[kX] == pass.data[kInputs] && pass.dtype[kX] == pass.dtype[kInputs];
     if (scales) {
-      share<false>(pass, b, shared);
+      share<false>(pass, b, row, shared);
       if (b >= pass.batch || shared.rows[threadIdx.y][kFirstOut + kOutX] == Acc(1)) return;
     }
   }
@@ -69,7 +70,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
       vectors[i].fetch(pass, b, ((chunk * kUnroll + i) * blockDim.x + threadIdx.x) * V::kVec, pass.n);
   };
   fetch();
-  if (!scales) share<V::Facts::kDraw>(pass, b, shared);
+  if (!scales) share<V::Facts::kDraw>(pass, b, row, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   for (int done = 1;; ++done) {
@@ -112,6 +113,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
   constexpr int kVectors = kTile / kThreads / V::kVec;
   __shared__ __align__(16) float tile[kTile];
   const int64_t b = sample_of_thread();
+  const RowRead<Acc> row(pass, b);
   const int64_t along = pass.sizes[pass.quad];
   const uint32_t outer = blockIdx.x / pass.tiles;
   const int64_t pixel = static_cast<int64_t>(blockIdx.x - outer * pass.tiles) * pass.pixels;
@@ -119,13 +121,13 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
   const int pixels = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels);
   const int size = pixels * pass.run;
   const auto offset = [](int k) { return (k * kThreads + static_cast<int>(threadIdx.x)) * V::kVec; };
-  // A known pass has its loads in flight while the noise is drawn.
-  V vectors[V::Facts::kKnown ? kVectors : 1];
-  if constexpr (V::Facts::kKnown) {
+  // Whole vectors' loads are in flight while the noise is drawn.
+  V vectors[V::Facts::kWhole ? kVectors : 1];
+  if constexpr (V::Facts::kWhole) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
   }
-  share<true>(pass, b, shared);
+  share<true>(pass, b, row, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   const auto first = static_cast<uint32_t>((index_of(pass, outer, 0, pass.quad - 1) + pixel) / 4);
@@ -142,10 +144,10 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
     for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * run + c)] = z.v[i];
   }
   __syncthreads();
-#pragma unroll(V::Facts::kKnown ? kVectors : 1)
+#pragma unroll(V::Facts::kWhole ? kVectors : 1)
   for (int k = 0; k < kVectors; ++k) {
-    V& vector = vectors[V::Facts::kKnown ? k : 0];
-    if constexpr (!V::Facts::kKnown) vector.fetch(pass, b, begin + offset(k), begin + size);
+    V& vector = vectors[V::Facts::kWhole ? k : 0];
+    if constexpr (!V::Facts::kWhole) vector.fetch(pass, b, begin + offset(k), begin + size);
     if (vector.count == 0) continue;
     consume(vector, cells, [&](Acc* values) {
 #pragma unroll
