@@ -176,6 +176,18 @@ void launch_undrawn(const MapArgs& args, const Walk& walk, const Operation& oper
   });
 }
 
+// Bits, by cell: those that a row has for each sample.
+inline uint64_t cells_in_row(const RowSource& source) {
+  if (source.table != nullptr) return ~uint64_t{0};
+  uint64_t found = 0;
+  for (int k = 0; k < source.n_values; ++k) found |= uint64_t{1} << source.values[k].cell;
+  if (source.formula != Formula::none)
+    for (const int cell :
+         {int{kA}, int{kB}, kFirstOut + kOutY, kFirstOut + kOutX, kFirstOut + kOutM, kFirstOut + kOutZ})
+      found |= uint64_t{1} << cell;
+  return found;
+}
+
 template <typename Acc>
 void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
   for (int k = 0; k < kArrays; ++k) {
@@ -195,7 +207,7 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
   pass.n_out = args.n_out;
   pass.use_pred = args.use_pred;
   pass.by_sample = args.rows.by_sample();
-  for (int k = 0; k < args.rows.n_values; ++k) pass.by_value |= uint64_t{1} << args.rows.values[k].cell;
+  pass.in_row = cells_in_row(args.rows);
   for (int c = 0; c < kMaxCells; ++c) pass.cells[c] = static_cast<Acc>(args.rows.base[c]);
   pass.noise = args.noise;
   pass.keys = philox_rounds(philox_key(args.noise.seed, args.noise.stream));

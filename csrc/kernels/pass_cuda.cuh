@@ -30,8 +30,8 @@ struct Pass {
   int32_t chunks;  // a block
   int32_t n_out;
   bool use_pred, by_sample;
-  uint64_t by_value;     // bits, by cell: those of rows.values
-  Acc cells[kMaxCells];  // the row of every sample, unless by_sample
+  uint64_t in_row;       // bits, by cell: those that differ by sample; the others are in cells
+  Acc cells[kMaxCells];  // the row of every sample
   NoiseSource noise;
   PhiloxRounds keys;  // of the noise, where its key is not in device memory
   RowSource rows;
@@ -69,68 +69,55 @@ __device__ __forceinline__ int64_t sample_of_thread() {
   return group * blockDim.y + threadIdx.y;
 }
 
-// The row of this thread's sample on its way into shared memory: a thread a cell of a table, or a value, so that all of
-// them are read at once, before the block's vectors, which they would wait behind. Blocks of fewer threads along a
-// sample than that read the others when the row is put.
-template <typename Acc>
-struct RowRead {
-  const Acc* line = nullptr;  // of the table; null: none, or outside it
-  Acc cell;
-  Value value;
-  uint64_t bits;
+// Where a thread finds its sample's row in shared memory: in its warp's own place, where a warp is of one sample, so
+// that it waits for no other warp; else, and where a formula is evaluated once a block, in that of the sample.
+struct RowPlace {
+  bool of_warp;
+  int place, first, step;  // this thread's part of filling it
 
-  __device__ __forceinline__ explicit RowRead(const Pass<Acc>& pass, int64_t b) {
-    const RowSource& source = pass.rows;
-    if (!pass.by_sample || b >= pass.batch) return;
-    const int first = threadIdx.x;
-    if (source.table != nullptr) {
-      const int64_t r = source.index != nullptr ? source.index[b * source.index_stride] : b;
-      if (source.index != nullptr && (r < 0 || r >= source.table_rows)) return;
-      line = static_cast<const Acc*>(source.table) + r * source.table_stride;
-      if (first < source.n_cells) cell = line[first];
-    } else if (first < source.n_values) {
-      value = source.values[first];
-      bits = value_bits(value, b);
-    }
-  }
-
-  // The cells, before a formula. Two threads never write one.
-  __device__ __forceinline__ void put(const Pass<Acc>& pass, int64_t b, Acc* cells) const {
-    const RowSource& source = pass.rows;
-    if (b >= pass.batch) return;
-    const int first = threadIdx.x, step = blockDim.x;
-    if (source.table != nullptr) {
-      for (int c = first; c < source.n_cells; c += step)
-        cells[c] = line == nullptr ? static_cast<Acc>(NAN) : c == first ? cell : line[c];
-      return;
-    }
-    for (int c = first; c < source.n_cells; c += step)
-      if ((pass.by_value >> c & 1u) == 0) cells[c] = static_cast<Acc>(source.base[c]);
-    if (first < source.n_values && value.cell < source.n_cells)
-      cells[value.cell] = static_cast<Acc>(value_of(value, bits));
-    for (int k = first + step; k < source.n_values; k += step)
-      if (source.values[k].cell < source.n_cells)
-        cells[source.values[k].cell] = static_cast<Acc>(read_value(source.values[k], b));
+  __device__ __forceinline__ explicit RowPlace(const RowSource& source) {
+    constexpr int kWarp = 32;
+    of_warp = source.formula == Formula::none && blockDim.x >= kWarp;
+    place = of_warp ? (threadIdx.y * blockDim.x + threadIdx.x) / kWarp : threadIdx.y;
+    step = of_warp ? kWarp : blockDim.x;
+    first = threadIdx.x % step;
   }
 };
+
+// The cells of sample b's row that Pass::in_row names, before a formula. All of them are read at once: a thread that
+// went through the values one by one would wait for the memory as often.
+template <typename Acc>
+__device__ __forceinline__ void read_row(const RowSource& source, const RowPlace& place, int64_t b, Acc* cells) {
+  if (source.table != nullptr) {
+    const int64_t r = source.index != nullptr ? source.index[b * source.index_stride] : b;
+    const bool inside = source.index == nullptr || (r >= 0 && r < source.table_rows);
+    const Acc* row = static_cast<const Acc*>(source.table) + (inside ? r * source.table_stride : 0);
+    for (int c = place.first; c < source.n_cells; c += place.step) cells[c] = inside ? row[c] : static_cast<Acc>(NAN);
+    return;
+  }
+  for (int k = place.first; k < source.n_values; k += place.step) {
+    const Value& value = source.values[k];
+    if (value.cell < source.n_cells) cells[value.cell] = static_cast<Acc>(read_value(value, b));
+  }
+}
 
 // Brings into shared memory what is not among the pass's own numbers: the rows of the block's samples, and the keys of
 // noise whose seed is in device memory. Every thread of the block calls it.
 template <bool kDraw, typename Acc, int kCells>
-__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, const RowRead<Acc>& row,
-                                      Shared<Acc, kCells>& shared) {
+__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells>& shared) {
   const int64_t* seed = kDraw ? pass.noise.device_key : nullptr;
   if (!pass.by_sample && seed == nullptr) return;
-  if (pass.by_sample) {
-    row.put(pass, b, shared.rows[threadIdx.y]);
-    if (pass.rows.formula != Formula::none) {
-      __syncthreads();
-      if (threadIdx.x == 0 && b < pass.batch) formula_cells(pass.rows, b, pass.use_pred, shared.rows[threadIdx.y]);
-    }
-  }
+  const RowPlace place(pass.rows);
+  if (pass.by_sample && b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
+  if (pass.rows.formula != Formula::none && place.first == 0 && b < pass.batch)
+    formula_cells(pass.rows, b, pass.use_pred, shared.rows[place.place]);
   if (kDraw && seed != nullptr && threadIdx.x + threadIdx.y == 0)
     shared.keys = philox_rounds(philox_key(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1])));
-  __syncthreads();
+  if (place.of_warp && seed == nullptr) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
 }
 
 }  // namespace

@@ -16,20 +16,12 @@
 namespace genkern {
 namespace {
 
-// A value of sample b: as it lies in memory, and as a number.
-GENKERN_HD uint64_t value_bits(const Value& v, int64_t b) {
+GENKERN_HD double read_value(const Value& v, int64_t b) {
   const int64_t i = b * v.stride;
-  return v.dtype == DType::f64 ? bits_of(static_cast<const double*>(v.data)[i])
-                               : bits_of(static_cast<const float*>(v.data)[i]);
-}
-
-GENKERN_HD double value_of(const Value& v, uint64_t bits) {
-  const double value =
-      v.dtype == DType::f64 ? float_of(bits) : static_cast<double>(float_of(static_cast<uint32_t>(bits)));
+  const double value = v.dtype == DType::f64 ? static_cast<const double*>(v.data)[i]
+                                             : static_cast<double>(static_cast<const float*>(v.data)[i]);
   return v.scale * value;
 }
-
-GENKERN_HD double read_value(const Value& v, int64_t b) { return value_of(v, value_bits(v, b)); }
 
 // 1 where there is none.
 GENKERN_HD double weight_of(const Value& v, int64_t b) { return v.data != nullptr ? read_value(v, b) : 1.0; }

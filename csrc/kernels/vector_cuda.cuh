@@ -42,23 +42,36 @@ struct Offsets {
 
 struct Nothing {};
 
-// The cells that a pass uses, in registers.
+// A pass's cells where they lie: in the row of this thread's sample, or among the pass's own.
+template <typename Acc>
+struct Lying {
+  const Acc *row, *own;
+  uint64_t in_row;
+
+  template <typename Facts, typename P, typename S>
+  __device__ __forceinline__ Lying(Facts, const P& pass, const S& shared)
+      : row(shared.rows[RowPlace(pass.rows).place]), in_row(pass.in_row) {
+    if constexpr (Facts::kElementwise) {
+      own = pass.row;
+    } else {
+      own = pass.cells;
+    }
+  }
+  __device__ __forceinline__ Acc operator[](int k) const { return (in_row >> k & 1u) != 0 ? row[k] : own[k]; }
+};
+
+// The cells that a known pass uses, in registers.
 template <typename Acc, typename Facts, bool kCopied = Facts::kCopied>
 struct Cells {
   Acc c[Facts::kElementwise ? kRowCells : kMaxCells];
 
   template <typename P, typename S>
   __device__ __forceinline__ Cells(const P& pass, const S& shared) {
-    if (pass.by_sample) {
-      copy(pass, shared.rows[threadIdx.y]);
-    } else if constexpr (Facts::kElementwise) {
-      copy(pass, pass.row);
-    } else {
-      copy(pass, pass.cells);
-    }
+    const Lying<Acc> lying(Facts(), pass, shared);
+    pass.by_sample ? copy(pass, lying) : copy(pass, lying.own);
   }
-  template <typename P>
-  __device__ __forceinline__ void copy(const P& pass, const Acc* from) {
+  template <typename P, typename From>
+  __device__ __forceinline__ void copy(const P& pass, const From& from) {
     if (Facts::use_pred(pass)) c[kA] = from[kA], c[kB] = from[kB], c[kLo] = from[kLo], c[kHi] = from[kHi];
     if (Facts::has(pass, kMUncond)) c[kW] = from[kW];
 #pragma unroll
@@ -80,21 +93,11 @@ struct Cells {
   __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
 };
 
-// Those of any pass, where they lie.
+// Those of any other pass.
 template <typename Acc, typename Facts>
-struct Cells<Acc, Facts, false> {
-  const Acc* c;
-
+struct Cells<Acc, Facts, false> : Lying<Acc> {
   template <typename P, typename S>
-  __device__ __forceinline__ Cells(const P& pass, const S& shared) : c(shared.rows[threadIdx.y]) {
-    if (pass.by_sample) return;
-    if constexpr (Facts::kElementwise) {
-      c = pass.row;
-    } else {
-      c = pass.cells;
-    }
-  }
-  __device__ __forceinline__ Acc operator[](int k) const { return c[k]; }
+  __device__ __forceinline__ Cells(const P& pass, const S& shared) : Lying<Acc>(Facts(), pass, shared) {}
 };
 
 // kVec elements of sample b from e on, `count` of which exist.

@@ -53,13 +53,12 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
   using Acc = typename V::Acc;
   constexpr int kUnroll = V::Facts::kUnroll;
   const int64_t b = sample_of_thread();
-  const RowRead<Acc> row(pass, b);
   bool scales = false;
   if constexpr (V::Facts::kScales) {
     scales = pass.by_sample && pass.data[kX] == pass.data[kInputs] && pass.dtype[kX] == pass.dtype[kInputs];
     if (scales) {
-      share<false>(pass, b, row, shared);
-      if (b >= pass.batch || shared.rows[threadIdx.y][kFirstOut + kOutX] == Acc(1)) return;
+      share<false>(pass, b, shared);
+      if (b >= pass.batch || Cells<Acc, typename V::Facts>(pass, shared)[kFirstOut + kOutX] == Acc(1)) return;
     }
   }
   V vectors[kUnroll];
@@ -70,7 +69,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
       vectors[i].fetch(pass, b, ((chunk * kUnroll + i) * blockDim.x + threadIdx.x) * V::kVec, pass.n);
   };
   fetch();
-  if (!scales) share<V::Facts::kDraw>(pass, b, row, shared);
+  if (!scales) share<V::Facts::kDraw>(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   for (int done = 1;; ++done) {
@@ -113,7 +112,6 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
   constexpr int kVectors = kTile / kThreads / V::kVec;
   __shared__ __align__(16) float tile[kTile];
   const int64_t b = sample_of_thread();
-  const RowRead<Acc> row(pass, b);
   const int64_t along = pass.sizes[pass.quad];
   const uint32_t outer = blockIdx.x / pass.tiles;
   const int64_t pixel = static_cast<int64_t>(blockIdx.x - outer * pass.tiles) * pass.pixels;
@@ -127,7 +125,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
   }
-  share<true>(pass, b, row, shared);
+  share<true>(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   const auto first = static_cast<uint32_t>((index_of(pass, outer, 0, pass.quad - 1) + pixel) / 4);

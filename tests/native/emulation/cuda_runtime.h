@@ -98,7 +98,7 @@ inline void run_fiber() {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { swapcontext(&emulation::fibers[emulation::current].context, &emulation::scheduler); }
-inline void __syncwarp(unsigned) { __syncthreads(); }
+inline void __syncwarp(unsigned = 0) { __syncthreads(); }
 
 namespace emulation {
 
