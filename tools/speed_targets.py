@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, COUNTERS, PAGE = ROOT / "benchmarks/results", ROOT / "benchmarks/counters", ROOT / "docs/speed.md"
 BEGIN, END = "<!-- targets: begin -->", "<!-- targets: end -->"
 DRAWN = ("randn", "add_noise", "eta 1", "path_loss", "learned variance", "inpainting")  # ops that draw noise
+BY_SAMPLE = ", by sample"
 Row = dict[str, Any]
 
 
@@ -107,7 +108,10 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
     of_peak = lambda r: max(t / 3.35e12 for t in [r["bytes_per_second"][GENKERN]])  # noqa: E731
     halves = [r for r in training if r["dtype"] == "bfloat16"]
     steps = [r for r in training if "peak" in r["seconds"][GENKERN]]
-    last, by_sample = case("add_noise, channels_last"), case("add_noise, by sample")
+    last, by_sample = case("add_noise, channels_last"), [r for r in rows if r["case"].endswith(BY_SAMPLE)]
+
+    def of_a_call(row: Row) -> float | None:
+        return against(row["case"].removesuffix(BY_SAMPLE))(row)
 
     def memory(row: Row) -> float:
         """Peak bytes over those of x_t and the gradient."""
@@ -132,7 +136,7 @@ def of_gpu(result: Row) -> list[tuple[str, str, str]]:
         ("the best op: of 3.35 TB/s >= 0.90", *listed([max(ops, key=of_peak)] if ops else [], of_peak, 0.90)),
         ("noise written: over copy_ >= 0.95", *listed(written, copy_ratio, 0.95)),
         ("channels_last with noise: over contiguous >= 0.8", *listed(last, against("add_noise"), 0.8)),
-        ("rows by sample: over those of a call >= 0.97", *listed(by_sample, against("add_noise"), 0.97)),
+        ("rows by sample: over those of a call >= 0.97", *listed(by_sample, of_a_call, 0.97)),
         ("torch.compile's time over ours, every op >= 0.97", *listed(ops, over_compiled, 0.97)),
         ("the same, DDIM, float32 >= 1.15", *listed(case("ddim_step", "float32"), over_compiled, 1.15)),
         ("the same, guided, float32 >= 1.1", *listed(case("ddim_step, guided", "float32"), over_compiled, 1.1)),

@@ -75,7 +75,7 @@ class Textbook:
         return x + dt / 2.0 * (v + v_next)
 
     @staticmethod
-    def consistency_skip(x: Tensor, f: Tensor, c_skip: float, c_out: float) -> Tensor:
+    def consistency_skip(x: Tensor, f: Tensor, c_skip: Coef, c_out: Coef) -> Tensor:
         return c_skip * x + c_out * f
 
     @staticmethod
@@ -148,8 +148,9 @@ class Careful:
         return torch.add(x, v, alpha=dt / 2.0, out=out).add_(v_next, alpha=dt / 2.0)
 
     @staticmethod
-    def consistency_skip(x: Tensor, f: Tensor, c_skip: float, c_out: float, out: Tensor) -> Tensor:
-        return torch.mul(x, c_skip, out=out).add_(f, alpha=c_out)
+    def consistency_skip(x: Tensor, f: Tensor, c_skip: Coef, c_out: Coef, out: Tensor) -> Tensor:
+        torch.mul(x, c_skip, out=out)
+        return out.addcmul_(f, c_out) if isinstance(c_out, Tensor) else out.add_(f, alpha=c_out)
 
     @staticmethod
     def learned_variance_step(

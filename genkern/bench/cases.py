@@ -113,6 +113,7 @@ def specs(device: torch.device) -> list[Spec]:
         Spec("euler_step", ALL, ops.euler_step),
         Spec("heun_step", ALL, ops.heun_step),
         Spec("consistency_skip", ALL, ops.consistency_skip),
+        Spec("consistency_skip, by sample", STORED, bind(ops.consistency_skip, by_sample=True)),
         Spec("path_loss", STORED, ops.path_loss),
         Spec("path_loss, forward and backward", STORED, bind(ops.path_loss, backward=True)),
         Spec("flow matching, around the network", STORED, loops.flow_training),
