@@ -199,7 +199,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(tmp_path):
 
     one, optimizer = checkpoint(nn.Linear(2, 2))
     one.save(optimizer, [torch.zeros(())])
-    for net in (nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 2))):
+    for net in (nn.Linear(2, 3), nn.Linear(2, 2).double(), nn.Sequential(nn.Linear(2, 2))):
         before, (other, optimizer) = copy.deepcopy(net), checkpoint(net)
         with pytest.raises(ValueError, match="checkpoint: expected tensors of this network, .* has another network"):
             other.restore(optimizer, 5)

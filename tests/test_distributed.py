@@ -107,7 +107,7 @@ class Device(Guard):
 def guarded(rank, device, folder):
     """What ends a training in which the second process's loss becomes infinite, its gradient finite."""
     found, gpu = {}, device.type == "cuda"
-    # On a GPU every guard's copies are on their way for a while; here one is made to have such.
+    # On a GPU every guard's copies are on their way for a while; on the CPU one is made to have such.
     trainings = {"wrapped": (None, True), "bare": (None, False)}
     trainings |= {"device": (Guard(device) if gpu else Device(rank == 0), False)}
     for name, (guard, wrap) in trainings.items():
@@ -242,6 +242,8 @@ def elsewhere(rank, device, folder):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_process_works_on_its_own_device_whichever_is_the_current_one(backend, tmp_path):
+    pytest.importorskip("scipy")
+    pytest.importorskip("safetensors")
     found = run(elsewhere, backend, tmp_path)
     first, second = found
     assert [each["first"] for each in found] == ["of 0", "of 0"]

@@ -218,6 +218,8 @@ FLOWS = {
 
 @pytest.mark.parametrize("name", [*LOSSES, *FLOWS])
 def test_a_training_loss_on_the_second_gpu_is_that_on_the_first(name):
+    if name == "flow matching, optimal":
+        pytest.importorskip("scipy")
     torch.manual_seed(1)
     net, teacher, x = Net(), Net().eval(), torch.randn(64, 8)
 

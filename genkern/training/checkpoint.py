@@ -103,14 +103,13 @@ class Checkpoint:
         if read is None:
             raise ValueError(f"checkpoint: expected a file that every process sees, this one sees no {self.path}")
         _, found = read
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states = _states(found)
-        expected = {name: tensor.shape for name, tensor in self._modules().items()}
-        for k, state in states.items():  # moments have their parameter's shape, counts have none
-            shape = parameters[k].shape if k < len(parameters) else torch.Size()
-            expected |= {f"{OPTIMIZER}.{k}.{name}": shape for name, value in state.items() if value.ndim}
-        for name, shape in expected.items():
-            if name not in found or found[name].shape != shape:
+        states, like = _states(found), self._modules()
+        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        for k, state in states.items():  # moments are like their parameter, counts have no dimension
+            of_k = parameters.get(k, torch.empty(()))
+            like |= {f"{OPTIMIZER}.{k}.{name}": of_k for name, value in state.items() if value.ndim}
+        for name, tensor in like.items():
+            if name not in found or found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
                 raise ValueError(f"checkpoint: expected tensors of this network, {self.path} has another {name}")
         if len(found[LOSSES]) > steps:
             raise ValueError(f"steps: expected {len(found[LOSSES])} or more, as {self.path} has, got {steps}")

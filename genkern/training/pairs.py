@@ -121,13 +121,15 @@ def fit_pairs(
     def update(step: int) -> None:
         average.update(network, decay=min(decay, (1 + step) / (10 + step)))  # the initial weights are no part of it
 
-    def batches(start: int) -> Iterator[Any]:
-        return store.batches(size, seed=seed, start=start, device=device)
-
     kept = None
     if checkpoint is not None and every:
         kept = Checkpoint(checkpoint, told, network=network, average=average, every=every)
     with bar(progress, steps, "train") as tick:
+
+        def batches(start: int) -> Iterator[Any]:
+            tick(start)
+            return store.batches(size, seed=seed, start=start, device=device)
+
         fit(
             [parameter for parameter in network.parameters() if parameter.requires_grad], of_batch, batches,
             steps=steps, after_step=update, progress=lambda _: tick(), checkpoint=kept, **asked,
