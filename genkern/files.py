@@ -71,6 +71,34 @@ def digest(tensors: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
+def save_tensors(tensors: Mapping[str, Any], path: pathlib.Path, settings: str) -> None:
+    """Tensors by name as safetensors, what they were made with, and their SHA-256."""
+    package = safetensors()
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replaced(path) as temporary:
+        package.torch.save_file(own, temporary, {"settings": settings, "sha256": digest(own)})
+
+
+def read_tensors(path: pathlib.Path) -> tuple[str, dict[str, Any]] | None:
+    """What the tensors of a file were made with, and they themselves, on the CPU; None where the file is missing, cut
+    off, or has other bytes than were written. Reads all of it."""
+    package = safetensors()
+    try:
+        with package.safe_open(path, "pt") as f:
+            told = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (FileNotFoundError, package.SafetensorError):
+        return None
+    whole = "settings" in told and told.get("sha256") == digest(tensors)
+    return (told["settings"], tensors) if whole else None
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In words, where two mappings of settings differ; "" where they do not."""
+    keys = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
+    return "; ".join(f"{key} {there.get(key)!r}, asked for {asked.get(key)!r}" for key in keys)
+
+
 def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
     """A Module's parameters and buffers as safetensors, what it was made with, and the SHA-256 of its tensors."""
     package = safetensors()
@@ -84,17 +112,9 @@ def save_network(network: Any, path: pathlib.Path, settings: str) -> None:
 
 
 def network_settings(path: pathlib.Path) -> str | None:
-    """What the network of a file was made with; None where the file is missing, cut off, or has other bytes than were
-    written. Reads all of it."""
-    package = safetensors()
-    try:
-        with package.safe_open(path, "pt") as f:
-            told = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (FileNotFoundError, package.SafetensorError):
-        return None
-    settings: str | None = told.get("settings")
-    return settings if told.get("sha256") == digest(tensors) else None
+    """What the network of a file was made with; None where the file is missing, or not whole. Reads all of it."""
+    found = read_tensors(path)
+    return None if found is None else found[0]
 
 
 def load_network(network: Any, path: pathlib.Path) -> Any:

@@ -1,15 +1,13 @@
-"""Two processes of torch.distributed (gloo): one coupling, one store of pairs and one training, as of one process."""
+"""Two processes of torch.distributed: one coupling, one store of pairs and one training, as of one process."""
 
 from __future__ import annotations
-
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 import two_processes as two
+from processes import BACKENDS, device_of, run
 
+import genkern as gk
 from genkern import flows, training
 from genkern.noise import Noise, Purpose
 from genkern.ops import randn
@@ -20,26 +18,20 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What both processes found, and the folder that they wrote into."""
+@pytest.fixture(scope="module", params=BACKENDS)
+def results(request, tmp_path_factory):
+    """What both processes found, the folder that they wrote into, and the device of one process."""
     folder = tmp_path_factory.mktemp("two")
-    script, root = pathlib.Path(two.__file__), pathlib.Path(two.__file__).parents[1]
-    running = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], cwd=root, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, run(two.body, request.param, folder), device_of(request.param)
 
 
 @pytest.mark.parametrize("name", two.COUPLINGS)
 def test_each_has_its_part_of_the_coupling_of_the_whole_batch(name, results):
-    x0, x1, y, u = two.data(2 * two.N)
+    _, found_by, device = results
+    x0, x1, y, u = two.data(2 * two.N, device)
     seen = (x0[:, :1], x1[:, :1]) if name == "features" else (x0, x1)
     expected = x0[two.COUPLINGS[name](*seen, {"y": y}, u)]
-    found = torch.cat([each[name] for each in results[1]])
+    found = torch.cat([each[name] for each in found_by]).to(device)
     assert torch.equal(found, expected)
     alone = [two.COUPLINGS[name](*(v[part] for v in seen), {"y": y[part]}, u[part]) for part in halves()]
     assert not torch.equal(found, torch.cat([x0[part][index] for part, index in zip(halves(), alone, strict=True)]))
@@ -50,7 +42,7 @@ def halves():
 
 
 def test_without_processes_it_is_the_coupling_itself():
-    x0, x1, y, u = two.data(8)
+    x0, x1, y, u = two.data(8, "cpu")
     for name, coupling in two.COUPLINGS.items():
         seen = (x0[:, :1], x1[:, :1]) if name == "features" else (x0, x1)
         found = two.gathered(name).sources(x0, x1, {"y": y}, u)
@@ -58,9 +50,10 @@ def test_without_processes_it_is_the_coupling_itself():
 
 
 def test_loss_of_two_processes_is_that_of_one_batch(results):
-    _, x1, _, _ = two.data(2 * two.N)
-    expected = two.FLOW.loss(two.Net(), x1, coupling=flows.Optimal(), noise=Noise(7), reduction="none")
-    torch.testing.assert_close(torch.cat([each["loss"] for each in results[1]]), expected)
+    _, found, device = results
+    _, x1, _, _ = two.data(2 * two.N, device)
+    expected = two.FLOW.loss(two.Net().to(device), x1, coupling=flows.Optimal(), noise=Noise(7), reduction="none")
+    torch.testing.assert_close(torch.cat([each["loss"] for each in found]), expected.cpu())
 
 
 def test_an_error_reaches_every_process(results):
@@ -75,12 +68,15 @@ def test_an_error_reaches_every_process(results):
 
 
 def test_pairs_of_two_processes_are_those_of_one(results, tmp_path):
-    folder, found = results
-    one = two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS)
+    folder, found, device = results
+    one = two.FLOW.write_pairs(two.Net().to(device), tmp_path, (20, 2), **two.PAIRS)
     assert [each["missing"] for each in found] == [[], []]  # they wait for each other
     names = sorted(file.name for file in one.path.iterdir())
     assert names == sorted(file.name for file in (folder / "pairs").iterdir())
     assert all((one.path / name).read_bytes() == (folder / "pairs" / name).read_bytes() for name in names)
+    several = gk.PairStore(folder / "pairs")
+    ids = torch.cat([several.read(shard).sample_ids for shard in range(several.shards)])
+    assert torch.equal(ids, torch.arange(20))  # no repeat and no gap
     assert torch.equal(one.read(0).x0, randn((8, 2), noise=Noise(3, stream=1).at(Purpose.INITIAL)))
 
 
@@ -89,25 +85,29 @@ def test_the_first_process_answers_for_all(results):
 
 
 def test_training_of_two_processes_is_that_of_one(results, tmp_path):
-    network = two.Net()
-    store = two.FLOW.write_pairs(two.Net(), tmp_path / "pairs", (20, 2), **two.PAIRS)
+    _, found, device = results
+    network = two.Net().to(device)
+    store = two.FLOW.write_pairs(two.Net().to(device), tmp_path / "pairs", (20, 2), **two.PAIRS)
     training.fit_pairs(network, two.FLOW.loss, store, **two.FIT)
-    (reflowed,) = two.FLOW.reflow(two.Net(), tmp_path / "reflow", (20, 2), fit=two.FIT, **two.PAIRS)
-    for key, of in (("network", network), ("reflowed", reflowed), ("mended", reflowed)):
-        expected = {name: value.detach() for name, value in of.named_parameters()}
-        for each in results[1]:
+    (reflowed,) = two.FLOW.reflow(two.Net().to(device), tmp_path / "reflow", (20, 2), fit=two.FIT, **two.PAIRS)
+    trained = {"network": network, "resumed": network, "reflowed": reflowed, "mended": reflowed}
+    for key, of in trained.items():
+        expected = {name: value.cpu() for name, value in two.parameters(of).items()}
+        for each in found:
             torch.testing.assert_close(each[key], expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(expected["mix.weight"], two.Net().mix.weight)
 
 
 @pytest.mark.parametrize("name", two.OPTIONS)
 def test_options_of_a_loss_are_of_the_whole_batch(name, results, tmp_path):
-    expected = two.fitted(two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS), two.OPTIONS[name])
-    for each in results[1]:
+    _, found, device = results
+    store = two.FLOW.write_pairs(two.Net().to(device), tmp_path, (20, 2), **two.PAIRS)
+    expected = {key: value.cpu() for key, value in two.fitted(store, two.OPTIONS[name], device).items()}
+    for each in found:
         torch.testing.assert_close(each[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_reduction_to_no_number_is_refused(tmp_path):
     store = two.FLOW.write_pairs(two.Net(), tmp_path, (20, 2), **two.PAIRS)
     with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', got 'none'"):
-        two.fitted(store, {"reduction": "none"})
+        two.fitted(store, {"reduction": "none"}, "cpu")

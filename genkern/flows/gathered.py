@@ -70,7 +70,7 @@ class Gathered:
             return x0.index_select(0, index)  # with its gradient
         all_x0 = self._gather(x0)
         all_f0 = all_x0 if self.features is None else self._gather(f0)
-        given = {label: self._gather(seen[label])} if label in seen else {}
+        given = {label: self._gather(seen[label].to(x0.device))} if label in seen else {}
         index = self._solved(all_f0, self._gather(f1), given, self._gather(u))
         rank, n = dist.get_rank(self.group), len(x0)
         return all_x0.index_select(0, index[rank * n : (rank + 1) * n])

@@ -16,6 +16,7 @@ where it stopped, and no pair is left out or drawn twice.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,9 +111,8 @@ class PairStore:
         store = cls(path)
         asked = {**manifest["settings"], "count": manifest["count"], "shard_size": manifest["shard_size"]}
         there = {**store.settings, "count": store.count, "shard_size": store.shard_size}
-        if asked != there:
-            differing = [key for key in sorted({*asked, *there}) if asked.get(key) != there.get(key)]
-            words = "; ".join(f"{key} {there.get(key)!r}, asked for {asked.get(key)!r}" for key in differing)
+        words = files.differences(there, asked)
+        if words:
             raise ValueError(f"path: expected a folder of the same settings, {store.path} has pairs of {words}")
         return store
 
@@ -190,7 +190,7 @@ class PairStore:
         return _pairs(found)
 
     def batches(
-        self, size: int, *, seed: int = 0, device: torch.device | str = "cpu", rank: int | None = None,
+        self, size: int, *, seed: int = 0, start: int = 0, device: torch.device | str = "cpu", rank: int | None = None,
         world_size: int | None = None,
     ) -> Iterator[Pairs]:  # fmt: skip
         """Without end: batches of `size` pairs, each pair once an epoch, in an order drawn from the seed.
@@ -200,18 +200,22 @@ class PairStore:
         Args:
             size: pairs in a batch of this process, >= 1.
             seed: of the order, 0 to 2^63 - 1.
+            start: batches left out at the beginning, >= 0; they are not read.
             device: of the tensors.
             rank, world_size: of this process; default those of torch.distributed, else 0 and 1.
         """
         check.integer("size", size, 1)
+        check.integer("start", start, 0)
         rank, world_size = ranks.placed(rank, world_size)
         generator = torch.Generator().manual_seed(seed)
         whole, order = size * world_size, torch.empty(0, dtype=torch.int64)
-        while True:
+        for number in itertools.count():
             while len(order) < whole:
                 order = torch.cat([order, torch.randperm(self.count, generator=generator)])
-            found = self.batch(order[rank * size : (rank + 1) * size])
-            order = order[whole:]
+            mine, order = order[rank * size : (rank + 1) * size], order[whole:]
+            if number < start:
+                continue
+            found = self.batch(mine)
             yield _pairs({name: value.to(device, non_blocking=True) for name, value in _named(found).items()})
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ arXiv:2309.06380 (guidance).
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +165,7 @@ class Reflow(Flow):
                 store.write(shard, drawn(torch.arange(ids.start, ids.stop)))
                 tick()
         if together:
-            ranks.barrier()
+            ranks.barrier(device)
         return store
 
     def distill_loss(
@@ -220,9 +221,11 @@ class Reflow(Flow):
         """Rounds of reflow: pairs of the flow so far, a network trained on them from its weights, and again.
 
         Each round has a folder, path/2-rectified, path/3-rectified, ..., with `pairs` and `network.safetensors`. What
-        is whole is not made again: a call that was cut off goes on at the shard, or at the round's training, where it
-        stopped. A network whose file is cut off, or has other bytes than its SHA-256 says, is trained again. With
-        torch.distributed every process calls this.
+        is whole is not made again: a call that was cut off goes on at the shard where it stopped, or in the training at
+        its last checkpoint, `training.safetensors`, which is written every checkpoint_every steps and removed when the
+        network is there. It ends as one that was not cut off, with the same bits in one process on one machine. A file
+        that is cut off, or has other bytes than its SHA-256 says, counts as missing; of a checkpoint a warning says so.
+        With torch.distributed every process calls this.
 
         Args:
             model: the 1-rectified flow's network, trained; not changed. Parameters that do not require a gradient are
@@ -231,7 +234,7 @@ class Reflow(Flow):
             shape: [count, ...], of the pairs of a round.
             rounds: >= 1.
             seed: of pairs and training; the pairs of the k-rectified flow's training have the stream k.
-            fit: PairFitOptions: steps=, batch_size=, lr=, ...
+            fit: PairFitOptions: steps=, batch_size=, lr=, checkpoint_every=, ...
             train: instead of that, train(network, store, k) -> the trained network of the same class, which makes the
                 k-rectified flow from a copy of the one before: a loop of one's own, with Lightning or Accelerate. It
                 is known by its qualified name alone: a network it made is kept though the function is another now.
@@ -243,7 +246,8 @@ class Reflow(Flow):
             require a gradient where the model's do.
 
         Raises:
-            ValueError: a folder there was made with other settings; as write_pairs() and training.fit().
+            ValueError: a folder there, a network or a checkpoint in it, was made with other settings; as write_pairs()
+                and training.fit(). What is there stays.
             TypeError: an unknown option. ImportError: safetensors is not installed.
         """
         found: list[nn.Module] = []
@@ -270,7 +274,7 @@ class Reflow(Flow):
 
         Args:
             model: the flow's network, of any order of reflow; not changed.
-            path: a folder for the pairs and the network; what is whole there is kept.
+            path: a folder for the pairs, the checkpoint of the training, and the network; what is whole there is kept.
             student_steps: K >= 1.
             shape, seed, fit, train, options: as of reflow(); the pairs have the stream 1, train is called with K, and a
                 metric goes into fit={"loss_options": {"metric": ...}}.
@@ -283,10 +287,7 @@ class Reflow(Flow):
             ValueError, TypeError, ImportError: as reflow().
         """
         k = check.integer("student_steps", student_steps, 1)
-
-        def loss(*pair: Any, **more: Any) -> Tensor:
-            return self.distill_loss(*pair, student_steps=k, **more)
-
+        loss = functools.partial(self.distill_loss, student_steps=k)
         return self._round(
             model, pathlib.Path(path), shape, k, PAIRS, seed, fit, train, options, loss, {"student_steps": k}
         )
@@ -302,31 +303,39 @@ class Reflow(Flow):
         if fit is not None and train is not None:
             raise ValueError("fit: expected None beside train, which takes its place")
         asked, student = checked_options(fit or {}), copy.deepcopy(model).eval()
+        device, every = network.device_of(student), asked.pop("checkpoint_every")  # which changes nothing
         flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
         frozen = sorted(name for name, flag in flags.items() if not flag) if any(flags.values()) else []
         store = self.write_pairs(student, folder / "pairs", shape, seed=seed, stream=stream, **options)
         how = {**of, "train": told(train)} if train is not None else {**of, "seed": seed, **told(asked)}
         how |= {"frozen": frozen} if frozen else {}
         where, named = folder / "network.safetensors", f"{store.fingerprint} {json.dumps(how, sort_keys=True)}"
-        there = ranks.of_first(lambda: files.network_settings(where))
+        left, first = folder / "training.safetensors", ranks.placed(None, None)[0] == 0
+        there = ranks.of_first(lambda: files.network_settings(where), device)
         if there is not None and there != named:
             raise ValueError(
                 f"path: expected a network of the same settings, {where} has {there!r}, asked for {named!r}"
             )
         if there is not None:
+            if first:
+                left.unlink(missing_ok=True)
             return files.load_network(student, where).eval()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name not in frozen)
         student.train()
         if train is None:
-            student = fit_pairs(student, loss, store, seed=seed, progress=bool(options.get("progress")), **asked)
+            student = fit_pairs(
+                student, loss, store, seed=seed, progress=bool(options.get("progress")), checkpoint=left,
+                checkpoint_every=every, **asked,
+            )  # fmt: skip
         else:
             student = train(student, store, k)
         if not isinstance(student, nn.Module):
             raise TypeError(f"train: expected the trained network from it, got {type(student).__name__}")
-        if ranks.placed(None, None)[0] == 0:
+        if first:
             files.save_network(student, where, named)
-        ranks.barrier()
+            left.unlink(missing_ok=True)
+        ranks.barrier(device)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(flags.get(name, False))
         return student.eval()

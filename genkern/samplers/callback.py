@@ -67,9 +67,9 @@ def _checked(found: Any, x: Tensor) -> Tensor | Stop | None:
 
 @contextlib.contextmanager
 def bar(progress: bool, total: int, desc: str = "sample") -> Any:
-    """A bar of `total` steps where progress is asked for; it gives what counts one."""
+    """A bar of `total` steps where progress is asked for; it gives what counts one, or as many as it is told."""
     if not progress:
-        yield lambda: None
+        yield lambda n=1: None
         return
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 

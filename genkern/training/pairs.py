@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from .. import check, ranks
 from ..flows.pair_store import PairStore
 from ..noise import Noise
 from ..samplers.callback import bar
+from .checkpoint import Checkpoint
 from .ema import EMA
 from .trainer import fit
 
@@ -26,6 +28,7 @@ class PairFitOptions(TypedDict, total=False):
     ema_decay: of the average that is returned, in [0, 1); default 0.999, less over the first steps.
     loss_options: further arguments of the loss, such as times=, kind=, weight=; reduction "mean" or "sum", over the
         whole batch.
+    checkpoint_every: steps between two writes of a checkpoint, 0 for none; default 1000.
     """
 
     steps: int
@@ -36,14 +39,21 @@ class PairFitOptions(TypedDict, total=False):
     betas: tuple[float, float]
     ema_decay: float
     loss_options: Mapping[str, Any]
+    checkpoint_every: int
+
+
+DEFAULTS = {
+    "steps": 10_000, "batch_size": 256, "lr": 2e-4, "ema_decay": 0.999, "loss_options": {}, "checkpoint_every": 1000,
+}  # fmt: skip
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """PairFitOptions with their defaults. TypeError: an unknown option."""
+    """PairFitOptions with their defaults. TypeError: an unknown option; ValueError: checkpoint_every < 0."""
     unknown = options.keys() - PairFitOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"fit: expected {', '.join(PairFitOptions.__annotations__)}, got {sorted(unknown)[0]!r}")
-    return {"steps": 10_000, "batch_size": 256, "lr": 2e-4, "ema_decay": 0.999, "loss_options": {}, **options}
+    check.integer("checkpoint_every", options.get("checkpoint_every", 0), 0)
+    return {**DEFAULTS, **options}
 
 
 def fit_pairs(
@@ -53,6 +63,7 @@ def fit_pairs(
     *,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: str | pathlib.Path | None = None,
     **options: Any,
 ) -> nn.Module:
     """Trains a network on a store of pairs, in place.
@@ -69,6 +80,8 @@ def fit_pairs(
         store: complete.
         seed: of the batches' order and of the losses' noise.
         progress: show a bar (tqdm).
+        checkpoint: a file, written every `checkpoint_every` steps: the same call goes on after the last of them, and
+            ends, in one process on one machine, with the bits of a call that was not cut off. It stays at the end.
         options: PairFitOptions.
 
     Returns:
@@ -76,7 +89,7 @@ def fit_pairs(
 
     Raises:
         ValueError: the store is not complete; batch_size is no multiple of the number of processes; a reduction of
-            "none"; as of fit().
+            "none"; a checkpoint of other pairs, options or another network, which are named; as of fit().
         TypeError: an unknown option.
         FloatingPointError: as of fit(); in every process at the same step.
     """
@@ -84,6 +97,8 @@ def fit_pairs(
     missing = store.missing()
     if missing:
         raise ValueError(f"pairs: expected all {store.shards} shards in {store.path}, {len(missing)} are missing")
+    every = asked.pop("checkpoint_every")
+    told = {} if checkpoint is None else _told(network, loss, store, {"seed": seed, **asked})
     steps, batch_size, decay = asked.pop("steps"), asked.pop("batch_size"), asked.pop("ema_decay")
     further = _of_whole(asked.pop("loss_options"), batch_size)
     rank, world_size = ranks.placed(None, None)
@@ -106,13 +121,29 @@ def fit_pairs(
     def update(step: int) -> None:
         average.update(network, decay=min(decay, (1 + step) / (10 + step)))  # the initial weights are no part of it
 
-    batches = store.batches(size, seed=seed, device=device)
+    kept = None
+    if checkpoint is not None and every:
+        kept = Checkpoint(checkpoint, told, network=network, average=average, every=every)
     with bar(progress, steps, "train") as tick:
+
+        def batches(start: int) -> Iterator[Any]:
+            tick(start)
+            return store.batches(size, seed=seed, start=start, device=device)
+
         fit(
             [parameter for parameter in network.parameters() if parameter.requires_grad], of_batch, batches,
-            steps=steps, after_step=update, progress=lambda _: tick(), **asked,
+            steps=steps, after_step=update, progress=lambda _: tick(), checkpoint=kept, **asked,
         )  # fmt: skip
     return average.module.eval()
+
+
+def _told(network: nn.Module, loss: Any, store: PairStore, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training is a function of, for its checkpoint."""
+    from ..methods._pair_settings import digest, told  # genkern.methods imports this module
+
+    frozen = sorted(name for name, parameter in network.named_parameters() if not parameter.requires_grad)
+    of = {"pairs": store.fingerprint, "network": digest(network), "frozen": frozen, "loss": told(loss)}
+    return {**of, **{name: told(value) for name, value in options.items()}}
 
 
 def _of_whole(options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 
 from .. import check
 from .._debug import debug
+from .checkpoint import Checkpoint
 from .guard import Guard
 
 
@@ -31,7 +32,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 def fit(
     params: Iterable[torch.nn.Parameter],
     loss_fn: Callable[[Any, int], torch.Tensor],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
     *,
     steps: int,
     lr: float = 2e-3,
@@ -41,13 +42,15 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
     guard: Guard | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Minimises loss_fn(batch, step) over the parameters, in place.
 
     Args:
         params: the parameters; each has to require a gradient.
         loss_fn: (batch, step) -> scalar loss with gradient.
-        batches: at least `steps` batches, of whatever loss_fn takes.
+        batches: at least `steps` batches, of whatever loss_fn takes; or a function of a step, giving those from it on,
+            as a checkpoint needs.
         steps: optimiser steps, 1 or more.
         lr: the peak of the learning rate.
         warmup: steps of linear warm-up, 0 for none.
@@ -58,13 +61,16 @@ def fit(
         guard: watches the steps; default a new one, of all processes where torch.distributed is initialised: for one
             that trains by itself Guard(device, alone=True). Given to EMA.update() in after_step too, it keeps bad steps
             out of the average.
+        checkpoint: what is kept on disk every few steps; where its file is there, the training goes on after the last
+            step that it has.
 
     Returns:
         The loss of every step. It stays on the device until the end: reading it would wait for the device each step.
 
     Raises:
         ValueError: steps < 1 or warmup < 0; lr, weight_decay < 0; no parameters; fewer batches than steps; a guard that
-            found a bad step before.
+            found a bad step before; a checkpoint of another training. TypeError: batches that are no function of a step
+            beside a checkpoint.
         FloatingPointError: the loss or a gradient became NaN or infinite; the message says at which step, and where
             loss_fn, called once more on that step's batch under gk.debug(values=True), says which network had them,
             that too. The parameters are then those of the step before it. On the CPU it is raised in that step; on
@@ -77,6 +83,8 @@ def fit(
     lr, weight_decay = check.number("lr", lr, 0.0), check.number("weight_decay", weight_decay, 0.0)
     if not params:
         raise ValueError("params: expected at least one parameter, got none")
+    if checkpoint is not None and not callable(batches):
+        raise TypeError(f"batches: expected a function of a step beside a checkpoint, got {type(batches).__name__}")
     # One fused kernel a step instead of a few launches a tensor, where torch has it.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -85,10 +93,11 @@ def fit(
     elif guard.finish() is not None or float(guard.flag):
         where = "" if guard.bad is None else f" at step {guard.bad}"
         raise ValueError(f"guard: expected one that has found no bad step, got one that found one{where}")
-    losses: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = [] if checkpoint is None else checkpoint.restore(optimizer, steps)
+    start = len(losses)
     recent: collections.deque[Any] = collections.deque()  # batches of steps that the host has not looked at
-    source = iter(batches)
-    for step in range(steps):
+    source = iter(batches(start) if callable(batches) else batches)
+    for step in range(start, steps):
         try:
             batch = next(source)
         except StopIteration:
@@ -107,6 +116,10 @@ def fit(
         guard.step(optimizer)
         if after_step is not None:
             after_step(step)
+        if checkpoint is not None and checkpoint.due(step + 1, steps):
+            if guard.finish() is not None:  # the file stays as it was before the bad step
+                raise _not_finite(guard, losses, recent, loss_fn, steps)
+            checkpoint.save(optimizer, losses)
         if progress is not None:
             progress(step + 1)
     if guard.finish() is not None:
