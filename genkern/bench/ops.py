@@ -212,7 +212,7 @@ def heun_step(world: World) -> Case:
 def consistency_skip(world: World, by_sample: bool = False) -> Case:
     """c_skip x + c_out F, the coefficients numbers, or one a sample."""
     x, f, out = world.state("x"), world.output("m"), world.state("out")
-    row: Any = (world.coefficient("skip"), world.coefficient("out")) if by_sample else (0.3, 0.7)
+    row: Any = (world.coefficient("c_skip"), world.coefficient("c_out")) if by_sample else (0.3, 0.7)
     c_skip, c_out = (per_sample(c, x) for c in row) if by_sample else row
     return world.case("consistency_skip" + ", by sample" * by_sample, "op", [x, f, out], {
         GENKERN: lambda: gk.ops.consistency_skip(x, f, *row, out=out),
