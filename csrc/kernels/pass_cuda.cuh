@@ -109,8 +109,10 @@ __device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<A
   if (!pass.by_sample && seed == nullptr) return;
   const RowPlace place(pass.rows);
   if (pass.by_sample && b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
-  if (pass.rows.formula != Formula::none && place.first == 0 && b < pass.batch)
-    formula_cells(pass.rows, b, pass.use_pred, shared.rows[place.place]);
+  if (pass.rows.formula != Formula::none) {
+    __syncthreads();  // a formula's cells come over values
+    if (place.first == 0 && b < pass.batch) formula_cells(pass.rows, b, pass.use_pred, shared.rows[place.place]);
+  }
   if (kDraw && seed != nullptr && threadIdx.x + threadIdx.y == 0)
     shared.keys = philox_rounds(philox_key(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1])));
   if (place.of_warp && seed == nullptr) {
