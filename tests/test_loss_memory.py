@@ -172,3 +172,39 @@ def test_float16_gradients_do_not_underflow_under_a_scaled_loss(kernels: None) -
     assert (m.detach() * factor).eq(0.0).all()  # what scaling the residual before the loss is scaled would give
     (scale * gk.ops.path_loss(m)).backward()
     close(m.grad, (m.detach().double() * factor * scale).half().double())
+
+
+@pytest.mark.parametrize("by_sample", [False, True], ids=["number", "by sample"])
+@pytest.mark.parametrize("others", [False, True], ids=["m alone", "x too"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_coefficient_of_the_output_is_in_its_gradient_once(
+    dtype: torch.dtype, others: bool, by_sample: bool, device: torch.device
+) -> None:
+    x, m = (t.detach().to(device) for t in tensors(dtype))
+    m.requires_grad_()
+    x.requires_grad_(others)
+    coef: Any = torch.tensor([0.3, -1.7, 0.0, 2.1], device=device) if by_sample else 0.3
+    weight = torch.tensor([1.0, 0.5, 3.0, 0.7], device=device)
+    found = torch.autograd.grad(
+        gk.ops.path_loss(m, x, x_coef=0.5, m_coef=coef, weight=weight), (m, x) if others else (m,), 0.75 * weight[1]
+    )
+    column = lambda c: torch.as_tensor(c, dtype=torch.float64, device=device).reshape(-1, 1, 1)  # noqa: E731
+    c, m64, x64 = column(coef), m.detach().double(), x.detach().double()
+    slope = 0.375 * 2.0 * column(weight) * (c * m64 - 0.5 * x64) / m.numel()
+    expected = (c * slope, -0.5 * slope)
+    # Where m alone has a gradient it is stored, and scaled by 0.375 afterwards: rounded twice, as x's is.
+    bound = 2.2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 8.0 * torch.finfo(dtype).eps
+    for g, exact in zip(found, expected, strict=False):
+        torch.testing.assert_close(g.double(), exact, rtol=bound, atol=1e-30 if dtype == torch.float64 else 1e-9)
+
+
+def test_a_half_precision_gradient_of_m_is_rounded_once(device: torch.device) -> None:
+    x, m = (t.detach().to(device) for t in tensors(torch.bfloat16))
+    m.requires_grad_()
+    coef = torch.tensor([0.3, -1.7, 0.9, 2.1], device=device)
+    gk.ops.path_loss(m, x, x_coef=0.5, m_coef=coef).backward()
+    c = coef.double().reshape(-1, 1, 1)
+    exact = c * 2.0 * (c * m.detach().double() - 0.5 * x.double()) / m.numel()
+    assert m.grad is not None
+    error = ((m.grad.double() - exact) / exact).abs().max()
+    assert error <= 1.01 * torch.finfo(torch.bfloat16).eps / 2.0

@@ -104,12 +104,13 @@ struct MapArgs {
   bool elementwise() const { return in[kV].data != nullptr || in[kKnownData].data != nullptr; }
 };
 
-// The written residual times scale * weight[b] is the gradient of a loss already.
+// The written residual times scale * weight[b], and m's coefficient, is the gradient of a loss already.
 struct ReduceArgs {
   MapArgs map;  // one output: the residual; not written where its data is null
   Rho rho = Rho::square;
   double scale = 1.0;
   Value weight{nullptr, DType::f32, 0, 0, 1.0};  // of a sample; null: 1
+  bool by_m = false;                             // m's coefficient is in what is written
   void* sums = nullptr;  // [B, 2] of the arithmetic's type: sum of mask * rho, sum of the mask (n without one); or null
   void* total = nullptr;  // of the arithmetic's type: total_scale times the sum of weight[b] * sums[b][0]; or null
   double total_scale = 1.0;

@@ -71,7 +71,8 @@ void reduce_typed(const ReduceCpu& task_args, int64_t begin, int64_t end) {
     partials[2 * task] += sum;
     partials[2 * task + 1] += elements;
     if (map.out[0].data == nullptr) return;
-    const auto scale = static_cast<Acc>(args.scale * weight_of(args.weight, span.b));
+    const auto weight = static_cast<Acc>(args.scale * weight_of(args.weight, span.b));
+    const Acc scale = args.by_m ? weight * cells[kFirstOut + kOutM] : weight;
     if (scale != Acc(1))
       for (int i = 0; i < span.count; ++i) r[i] = scale * r[i];
     store(span, kInputs, map.out[0], r);

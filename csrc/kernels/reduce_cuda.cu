@@ -1,5 +1,6 @@
-// reduce on CUDA: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values) is written; sums
-// of mask * rho(r) and of the mask, a sample; and the weighted sum over the batch.
+// reduce on CUDA: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values), times m's
+// coefficient where asked for, is written; sums of mask * rho(r) and of the mask, a sample; and the weighted sum over
+// the batch.
 //
 // No atomics: each block sums its chunks in a fixed tree; then one block a sample sums the blocks, or, over the batch,
 // one block all of them, or as many as are worth it and then one. The same bits each run.
@@ -23,7 +24,7 @@ __device__ __forceinline__ void sum_along_x(Acc (*sums)[2]) {
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, V::kBlocks)
-    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, double scale_of_all, Value weight,
+    reduce_kernel(const __grid_constant__ typename V::Pass pass, Rho rho, double scale_of_all, Value weight, bool by_m,
                   double* partials) {
   using Acc = typename V::Acc;
   constexpr int kVec = V::kVec;
@@ -32,8 +33,9 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
   Acc sum = 0, elements = 0;
   const int64_t b = sample_of_thread();
   const bool written = pass.data[kInputs] != nullptr;
-  const auto scale = static_cast<Acc>(b < pass.batch ? scale_of_all * weight_of(weight, b) : 0.0);
+  const auto scale_of_sample = static_cast<Acc>(b < pass.batch ? scale_of_all * weight_of(weight, b) : 0.0);
   walk<V>(pass, shared, [&](const V& vector, const auto& cells, auto draw) {
+    const Acc scale = by_m ? scale_of_sample * cells[kFirstOut + kOutM] : scale_of_sample;
     const bool masked = V::Facts::has(pass, kMask);
     Acc r[V::kOuts][kVec], mask[kVec];
     vector.apply(pass, cells, draw, r);
@@ -128,7 +130,8 @@ struct Reduce {
     auto* partials = static_cast<double*>(args.workspace);
     const int64_t blocks = walk.n > 0 ? pass.blocks : 0;
     if (walk.n > 0)
-      reduce_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, args.scale, args.weight, partials);
+      reduce_kernel<V>
+          <<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, args.scale, args.weight, args.by_m, partials);
     auto* const sums = static_cast<Acc*>(args.sums);
     const auto batch = static_cast<unsigned>(walk.batch);
     if (sums != nullptr) finish_kernel<Acc><<<batch, kThreads, 0, stream>>>(partials, blocks, sums);

@@ -306,6 +306,27 @@ bool set_unwritten(Terms& t, int64_t kind, ReduceArgs& args) {
   return true;
 }
 
+// Whether m alone wants a gradient, and it is the residual times m's coefficient.
+bool wants_of_m_alone(const Terms& t) {
+  if (t.m == nullptr || !requires_grad(t.m) || keeps(t) == kAll) return false;
+  for (PyObject* other : {t.x, t.z, t.h[0], t.h[1], t.h[2]})
+    if (other != nullptr && requires_grad(other)) return false;
+  return true;
+}
+
+// m's coefficient is in the residual: 1 is what is left of it.
+void without_coefficient_of_m(Terms& t) {
+  constexpr int64_t kCell = kFirstOut + kOutM;
+  t.call.row[kCell] = 1.0;
+  const auto at = std::find(t.call.cells.begin(), t.call.cells.end(), kCell);
+  if (at == t.call.cells.end()) return;
+  const auto k = at - t.call.cells.begin();
+  t.call.cells.erase(at);
+  t.call.scales.erase(t.call.scales.begin() + k);
+  t.call.values.erase(t.call.values.begin() + k);
+  t.values.erase(t.values.begin() + k);
+}
+
 // loss_row(row, x, m, m_uncond, h, noise, mask, kind, scale, weight): scale times the weighted sum over all samples of
 // what reduce_row sums, or None.
 PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
@@ -335,6 +356,7 @@ PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
     if (gradients && args.map.out[0].dtype != DType::f16) {
       const double of_rho = args.rho == Rho::square ? 2.0 : 1.0;
       args.scale = of_rho * args.total_scale;
+      args.by_m = wants_of_m_alone(t);
       left = 1.0 / of_rho;
     } else if (gradients && args.weight.data != nullptr) {
       return {};
@@ -343,6 +365,7 @@ PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
       return {};
     }
     if (!gradients) return loss;
+    if (args.by_m) without_coefficient_of_m(t);
     const py::float_ more(left);
     const py::object tied =
         differentiable(loss_function, t, {}, kind, more.ptr(), py::make_tuple(residual, loss), true);

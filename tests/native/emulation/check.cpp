@@ -47,6 +47,7 @@ int check(int number) {
   build(pass, reduce);
   choose_in_place(pass);
   pass.scale = chance(0.5) ? 1.0 : 0.37;
+  pass.by_m = pass.args.in[kM].data != nullptr && chance(0.3);
   pass.unwritten = reduce && pass.in_place < 0 && chance(0.25);
   if (reduce && chance(0.4))
     for (int64_t b = 0; b < pass.args.sizes[0]; ++b) pass.weight.push_back(static_cast<float>(pick(0, 40)) / 8.0f);
@@ -66,6 +67,7 @@ int check(int number) {
       ReduceArgs r;
       r.map = args;
       r.scale = pass.scale;
+      r.by_m = pass.by_m;
       r.rho = number % 2 != 0 ? Rho::square : Rho::absolute;
       std::vector<double> raw(2 * args.sizes[0] + 2),
           workspace((cuda ? reduce_workspace_cuda(args) : reduce_workspace_cpu(args)) / 8 + 1, kGuard);

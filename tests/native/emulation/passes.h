@@ -78,6 +78,7 @@ struct Pass {
   std::vector<std::vector<double>> values;
   int in_place = -1;  // the input that output 0 is written over
   double scale = 1.0;
+  bool by_m = false;
   std::vector<float> weight;  // by sample, of a reduction; may be empty
   bool unwritten = false;     // a reduction's residual is not wanted
 };

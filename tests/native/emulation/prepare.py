@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-LAUNCH = re.compile(r"(\b\w+(?:<[^;{}<>]*>)?)<<<([^;]*?), 0, stream>>>\(([^;]*?)\);", re.S)
+LAUNCH = re.compile(r"(\b\w+(?:<[^;{}<>]*>)?)\s*<<<([^;]*?), 0, stream>>>\(([^;]*?)\);", re.S)
 
 
 def main(source: Path, target: Path) -> None:
