@@ -77,22 +77,24 @@ __global__ void __launch_bounds__(kThreads, V::kBlocks)
   }
 }
 
+// Adds up what a sample's blocks have found: blockDim.x threads a sample, blockDim.y samples.
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const double* partials, int64_t blocks, Acc* out) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const double* partials, int64_t blocks, int64_t batch, Acc* out) {
   __shared__ double sums[kThreads][2];
-  const int64_t b = blockIdx.x;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   double sum = 0.0, elements = 0.0;
-  for (int64_t k = threadIdx.x; k < blocks; k += kThreads) {
+  for (int64_t k = threadIdx.x; b < batch && k < blocks; k += blockDim.x) {
     sum += partials[2 * (b * blocks + k)];
     elements += partials[2 * (b * blocks + k) + 1];
   }
-  sums[threadIdx.x][0] = sum;
-  sums[threadIdx.x][1] = elements;
+  const int at = threadIdx.y * blockDim.x + threadIdx.x;
+  sums[at][0] = sum;
+  sums[at][1] = elements;
   sum_along_x(sums);
-  if (threadIdx.x < 2) {
-    __syncwarp(3u);
-    out[2 * b + threadIdx.x] = static_cast<Acc>(sums[0][threadIdx.x]);
-  }
+  if (threadIdx.x != 0 || b >= batch) return;
+  out[2 * b] = static_cast<Acc>(sums[at][0]);
+  out[2 * b + 1] = static_cast<Acc>(sums[at][1]);
 }
 
 // scale times the sum of weight[k / each] * in[k * step] over the k of this block, of count.
@@ -110,7 +112,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) out[blockIdx.x] = static_cast<Out>(scale * sums[0][0]);
 }
 
-constexpr int64_t kOneBlock = 32 * kThreads;  // numbers that one block adds in about 10 us
+// Numbers of the batch that one block adds. Of more of them a block adds a part each, and one of them the parts.
+constexpr int64_t kOneBlock = 16 * kThreads, kPart = 4 * kThreads;
 constexpr int64_t kTotalBlocks = 256;
 
 struct Reduce {
@@ -134,7 +137,12 @@ struct Reduce {
           <<<laid.grid, laid.block, 0, stream>>>(pass, args.rho, args.scale, args.weight, args.by_m, partials);
     auto* const sums = static_cast<Acc*>(args.sums);
     const auto batch = static_cast<unsigned>(walk.batch);
-    if (sums != nullptr) finish_kernel<Acc><<<batch, kThreads, 0, stream>>>(partials, blocks, sums);
+    if (sums != nullptr) {
+      int along = 1;
+      while (along < kThreads && along < blocks) along *= 2;
+      const unsigned samples = kThreads / along, groups = (batch + samples - 1) / samples;
+      finish_kernel<Acc><<<groups, dim3(along, samples), 0, stream>>>(partials, blocks, walk.batch, sums);
+    }
     if (args.total != nullptr)
       add_up(partials, walk.batch * blocks, std::max<int64_t>(blocks, 1), static_cast<Acc*>(args.total));
   }
@@ -147,7 +155,7 @@ struct Reduce {
       total_kernel<Acc><<<1, kThreads, 0, stream>>>(partials, count, 2, each, weight, scale, total);
       return;
     }
-    const auto blocks = static_cast<unsigned>(std::min((count + kOneBlock - 1) / kOneBlock, kTotalBlocks));
+    const auto blocks = static_cast<unsigned>(std::min((count + kPart - 1) / kPart, kTotalBlocks));
     double* const sums = partials + 2 * count;
     total_kernel<double><<<blocks, kThreads, 0, stream>>>(partials, count, 2, each, weight, 1.0, sums);
     total_kernel<Acc><<<1, kThreads, 0, stream>>>(sums, blocks, 1, 1, Value{}, scale, total);
