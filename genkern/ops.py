@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import check, eager, rows
-from .check import coefficient as _coef
 from .ddim import coefficients
 from .fused import NAMES, _torch_side, apply_row, reduce_batch, reduce_row, weighted
 from .noise import Noise
-from .rows import DDIMRow, Out, Row, times
+from .rows import DDIMRow, Out, Row, Scaled, times
 from .stat import quantile_row
 from .threshold import DynamicThreshold
 
@@ -379,6 +378,13 @@ def _targets(h: Any, h_coefs: Any, like: Array) -> tuple[tuple[Array, ...], tupl
     if len(coefs) != len(h):
         raise ValueError(f"h_coefs: expected {len(h)} coefficients, one for each of h, got {len(coefs)}")
     return h, tuple([_coef(f"h_coefs[{k}]", value, like) for k, value in enumerate(coefs)])
+
+
+def _coef(name: str, value: Coef, like: Array, low: float = -math.inf, high: float = math.inf) -> Coef:
+    """check.coefficient; of a Scaled one, as the losses of methods give it, the tensor is checked."""
+    if type(value) is Scaled:
+        return Scaled(check.coefficient(name, value.value, like), value.scale)
+    return check.coefficient(name, value, like, low, high)
 
 
 def _needed(name: str, value: Array | None) -> Array:

@@ -13,7 +13,8 @@ from .. import check, ops
 from ..noise import Noise, Purpose
 from ..samplers import network
 from ..samplers.loop import check_source
-from .times import LossSecondMoment, TimeSampler, Uniform
+from ._numbers import affine
+from .times import LossSecondMoment, TimeSampler
 from .times import named as times_named
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
@@ -108,9 +109,11 @@ class Batch:
         """The noise of the data: given, or named."""
         return self._noise if isinstance(self._noise, Tensor) else self.source.at(self.purpose)
 
-    def uniform(self) -> Tensor:
-        """One number in (0, 1) a sample, [B], each by itself."""
-        return self.drawn(Uniform())
+    def uniform(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """One number in (0, 1) a sample, [B], each by itself; k: of several. dtype: default coef_dtype."""
+        noise, dtype = self.source.at(Purpose.TIMES, k), self.coef_dtype if dtype is None else dtype
+        found: Tensor = ops.uniform((self.size,), noise=noise, device=self.device, dtype=dtype)
+        return found
 
     def drawn(self, sampler: TimeSampler) -> Tensor:
         """t = F^{-1}(u) in [0, 1], [B], as the sampler of times and its distribution have them; float64 where there is
@@ -130,10 +133,15 @@ class Batch:
         checked: Tensor = check.coefficient("times", found, self.x, 0.0, 1.0)
         return checked
 
-    def normal(self, k: int = 0) -> Tensor:
-        """One standard normal number a sample, [B]; k: of several."""
-        noise = self.source.at(Purpose.TIMES, k)
-        return ops.randn((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
+    def normal(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """One standard normal number a sample, [B]; k: of several. dtype: default coef_dtype."""
+        noise, dtype = self.source.at(Purpose.TIMES, k), self.coef_dtype if dtype is None else dtype
+        found: Tensor = ops.randn((self.size,), noise=noise, device=self.device, dtype=dtype)
+        return found
+
+    def lognormal(self, mean: float, std: float, dtype: torch.dtype | None = None) -> Tensor:
+        """exp(n), n ~ N(mean, std^2), one a sample, [B]. dtype: default coef_dtype."""
+        return affine(self.normal(dtype=dtype), std, mean).exp()
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
@@ -142,7 +150,8 @@ class Batch:
     @staticmethod
     def index_at(u: Tensor, count: int) -> Tensor:
         """floor(u count), int64 [B], at numbers u in (0, 1)."""
-        return (u * count).long().clamp_(max=count - 1)  # the product may be rounded to count
+        # The product with count itself may be rounded to count; that with a float32 below it is not.
+        return (u * (count * (1.0 - 2.0**-23))).long()
 
     def given_index(self, name: str, value: Any, count: int) -> Tensor:
         """Integers of 0 .. count-1 given by the caller, as int64 [B]."""
@@ -294,7 +303,7 @@ class Batch:
         """The caller's weight at these times, else the default."""
         weight = self._options.get("weight")
         if callable(weight):
-            weight = weight(times)
+            weight = weight(times.to(self.coef_dtype))
             if weight is None:
                 raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
         return default if weight is None else weight
