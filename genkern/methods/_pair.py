@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # Of coefficients(): names, and the power of sd that a coefficient is without, which the kernels multiply by.
 COLUMNS = (
     ("in_lower", 0), ("in_upper", 0), ("in_lower_z", 0), ("in_upper_z", 0), ("out_lower", 1), ("out_upper", 1),
-    ("skip_lower", 2), ("skip_upper", 2), ("skip_lower_z", 2), ("skip_upper_z", 2), ("", 2), ("", 2), ("x", 2), ("z", 2),
+    ("skip_lower", 2), ("skip_upper", 2), ("skip_lower_z", 2), ("skip_upper_z", 2), ("", 2), ("", 2),
+    ("x", 2), ("z", 2),
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def bases(above: Tensor, gap: Tensor, constants: Tensor) -> Tensor:
 
 
 def coefficients(w: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' coefficients as COLUMNS has them: the first 12 as [2, 3, 2, .], x and z as [2, .]. Four small operations.
+    """The rows' coefficients in the order of COLUMNS, [2, 3, 2, .] and, x and z, [2, .]. Four small operations.
 
     Args:
         w: 1, s and v at r and t, [3, 2, .]: in float64, as coefficients at neighbouring times cancel.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import check, ops
 from ..noise import Noise, Purpose
+from ..sample_losses import reduced
 from ..samplers import network
 from ..samplers.loop import check_source
 from ._numbers import affine
@@ -253,9 +254,8 @@ class Batch:
             record(times, found.detach())
         if importance is not None:
             found = found * importance
-        if reduction == "none":
-            return found
-        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+        losses: Tensor = reduced(found, reduction)
+        return losses
 
     def squared(self, mask: bool = True) -> None:
         """The loss has its own distance. ValueError: kind or c of the caller, or a mask where it may not have one."""
@@ -284,20 +284,23 @@ class Batch:
             raise ValueError(f"metric: expected shape ({self.size},), one a sample, got {tuple(found.shape)}")
         return self.weighed(found.reshape(self.size).to(self.coef_dtype), times, default)
 
-    def squares(self, m: Tensor, **target: Any) -> Tensor:
-        """The mean square of ops.path_loss's residual, under the caller's mask, times a sample's elements.  [B]."""
-        found = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
-        return torch.as_tensor(found) * max(math.prod(m.shape[1:]), 1)
+    def mean_squares(self, m: Tensor, **target: Any) -> Tensor:
+        """The mean square of ops.path_loss's residual over a sample, under the caller's mask.  [B]."""
+        found: Tensor = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
+        return found
 
-    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None) -> Tensor:
-        """Losses of the samples, [B], weighted and reduced under the caller's options; default as in loss()."""
-        weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
+    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Losses of the samples, [B], weighted and reduced under the caller's options, times a number; default as in
+        loss()."""
+        weight = self._weight(times, default)
         if weight is not None:
             weight = check.coefficient("weight", weight, found)
-            found = found * (weight if isinstance(weight, float) else weight.to(found.dtype))
-        if reduction == "none":
-            return found
-        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+            if isinstance(weight, float):
+                scale *= weight
+            else:
+                found = found * weight.to(found.dtype)
+        found = reduced(found, self._options.get("reduction", "mean"))
+        return found if scale == 1.0 else found * scale
 
     def _weight(self, times: Tensor, default: Tensor | None) -> float | Tensor | None:
         """The caller's weight at these times, else the default."""

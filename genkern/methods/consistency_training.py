@@ -191,7 +191,9 @@ class ConsistencyTraining:
         found: Tensor = kept(self._tables, ("constants", device), lambda: constants(self.function).to(device))
         return found
 
-    def _pairs(self, n: int, batch: Batch, index: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor, Tensor]:
+    def _pairs(
+        self, n: int, batch: Batch, index: Tensor
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor, Tensor]:
         """named() of neighbouring times (13.30) by the lower one's index, c_noise at both, the lower one, 1 / (t - r),
         [B] each."""
         table = self._pair_table(n, batch.device, batch.coef_dtype)
