@@ -154,24 +154,28 @@ def _by_maps(
             results = tuple(
                 into.detach() if slot == reused else torch.empty_like(into, dtype=dtypes[slot]) for slot, _ in part
             )
-            back, arguments = laid_out(row, terms, part_dtypes)
-            run_map_out(back, results, *arguments)
+            _map(row, terms, part_dtypes, results)
         for (slot, _), result in zip(part, results, strict=True):
             found[slot] = result
     return found
 
 
-def _map(row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    """A row of x and h, differentiably."""
+def _map(
+    row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype], out: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """A row of x and h, differentiably where no outputs are given."""
     if not torch.compiler.is_compiling() and eager.face is not None:
         first, *others = terms
         quick: tuple[Tensor, ...] | None = eager.face.map_row(
-            row, first, None, None, tuple(others), None, None, dtypes, 1
+            row, first, None, None, tuple(others), None, out, dtypes, 1
         )
         if quick is not None:
             return quick
     back, arguments = laid_out(row, terms, dtypes)
-    return map_rows(back, *arguments)
+    if out is None:
+        return map_rows(back, *arguments)
+    run_map_out(back, out, *arguments)
+    return out
 
 
 # Of torch's private interface, so missed where it is not there: then nothing is done in place.
