@@ -14,7 +14,7 @@ from ..noise import Noise, Purpose
 from ..sample_losses import reduced
 from ..samplers import network
 from ..samplers.loop import check_source
-from ._numbers import affine
+from ..small import affine
 from .times import LossSecondMoment, TimeSampler
 from .times import named as times_named
 

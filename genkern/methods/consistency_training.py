@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import check, grids
 from ..kept import constant, kept
 from ..samplers import Preconditioned
-from ._numbers import affine
+from ..small import affine
 from ._pair import bases, coefficients, constants, named, pair_loss
 from ._training import Batch
 

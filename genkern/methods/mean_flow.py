@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .. import check, grids
 from ..fused import apply_row
 from ..rows import Out, Row
+from ..small import affine
 from ._jvp import along
-from ._numbers import affine
 from ._training import Batch
 from .flow_matching import FlowMatching
 

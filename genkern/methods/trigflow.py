@@ -28,9 +28,9 @@ from ..rows import Out, Row, times
 from ..samplers import loop, network
 from ..samplers.table import Sampler, stages_of
 from ..samplers.trig import Trig, TrigMultistep
+from ..small import affine
 from ._flow_samplers import sampler_named
 from ._jvp import along
-from ._numbers import affine
 from ._pair import frozen
 from ._training import Batch
 
