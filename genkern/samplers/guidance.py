@@ -299,8 +299,8 @@ class Outputs:
         r_r, r_y, y_y = sums[:, 2:].unbind(1)
         c = torch.addcmul(minus_inverse, w, inverse)
         if apg.norm != math.inf:
-            # min(1, norm / |r|), finite where r is 0.
-            c = c * (r_r * apg.norm**-2.0).clamp(min=1.0).rsqrt()
+            # min(1, norm / |r|), finite where r is 0; 1e-100 has a square that is a number.
+            c = c * (r_r * max(apg.norm, 1e-100) ** -2.0).clamp(min=1.0).rsqrt()
         k = r_y / y_y.clamp(min=1e-200)  # where y is 0, so is r y
         along_a, along_b = (times(apg.eta - 1.0, along) for along in of_stage[:2] * (c * k))
         # m_u + (1 + c b) (m_c - m_u) is m_c + c b (m_c - m_u) without the difference of two large numbers.
