@@ -2,7 +2,8 @@
 
     L = E w d(f(x + t z, t), f^-(x + r z, r)),        t > r >= epsilon,
 
-where distillation has the teacher's step (13.31) in place of x + r z, the unbiased estimate of it (theorem 2 of CT):
+where distillation has the teacher's step (13.31) in place of x + r z, an unbiased estimate of Euler's step with the
+true score (lemma 1 of CT; by its theorem 2 the two losses differ by o(max (t - r))):
 
     CT     t_n, t_{n+1} neighbours of (13.30), n uniform;  f^- a running average;  w = 1
     iCT    n with the mass of ln t ~ N(mean, std^2) in [t_n, t_{n+1}];  f^- = f without gradient;  w = 1 / (t - r)
