@@ -61,10 +61,10 @@ def coefficients(w: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         w: 1, s and v at r and t, [3, 2, .]: in float64, as coefficients at neighbouring times cancel.
         constants: constants(f), on w's device.
     """
-    *_, powers, squares = constants[:, 1:].unbind()
-    p = torch.addcmul(squares, w[1:], w[1:]).pow(powers)
-    found = p[:, None] * w
-    return found, found[1, :2, 0] - found[1, :2, 1]
+    powers, squares, both = constants[3, 1:], constants[4, 1:], w[1:]
+    found = torch.addcmul(squares, both, both).pow(powers).unsqueeze(1) * w
+    at_r, at_t = found[1, :2].unbind(1)
+    return found, at_r - at_t
 
 
 def named(f: Preconditioned, columns: Sequence[Tensor]) -> dict[str, Any]:
