@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ..samplers import Preconditioned
     from ._training import Batch, Metric
 
-# Of coefficients(): names, and the power of sd that a coefficient is without, which the kernels multiply by.
+# Of coefficients(): names, and the power of sd that a coefficient is without, which the kernels multiply by. v p_1 has
+# no name: no row reads it.
 COLUMNS = (
     ("in_lower", 0), ("in_upper", 0), ("in_lower_z", 0), ("in_upper_z", 0), ("out_lower", 1), ("out_upper", 1),
     ("skip_lower", 2), ("skip_upper", 2), ("skip_lower_z", 2), ("skip_upper_z", 2), ("", 2), ("", 2),
@@ -73,6 +74,7 @@ def named(f: Preconditioned, columns: Sequence[Tensor]) -> dict[str, Any]:
     return {
         name: times(sd[power], column) if power else column
         for (name, power), column in zip(COLUMNS, columns, strict=True)
+        if name
     }
 
 

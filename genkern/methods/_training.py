@@ -112,9 +112,7 @@ class Batch:
 
     def uniform(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """One number in (0, 1) a sample, [B], each by itself; k: of several. dtype: default coef_dtype."""
-        noise, dtype = self.source.at(Purpose.TIMES, k), self.coef_dtype if dtype is None else dtype
-        found: Tensor = ops.uniform((self.size,), noise=noise, device=self.device, dtype=dtype)
-        return found
+        return self._numbers(ops.uniform, k, dtype)
 
     def drawn(self, sampler: TimeSampler) -> Tensor:
         """t = F^{-1}(u) in [0, 1], [B], as the sampler of times and its distribution have them; float64 where there is
@@ -136,9 +134,11 @@ class Batch:
 
     def normal(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """One standard normal number a sample, [B]; k: of several. dtype: default coef_dtype."""
-        noise, dtype = self.source.at(Purpose.TIMES, k), self.coef_dtype if dtype is None else dtype
-        found: Tensor = ops.randn((self.size,), noise=noise, device=self.device, dtype=dtype)
-        return found
+        return self._numbers(ops.randn, k, dtype)
+
+    def _numbers(self, draw: Callable[..., Tensor], k: int, dtype: torch.dtype | None) -> Tensor:
+        dtype = self.coef_dtype if dtype is None else dtype
+        return draw((self.size,), noise=self.source.at(Purpose.TIMES, k), device=self.device, dtype=dtype)
 
     def lognormal(self, mean: float, std: float, dtype: torch.dtype | None = None) -> Tensor:
         """exp(n), n ~ N(mean, std^2), one a sample, [B]. dtype: default coef_dtype."""

@@ -179,16 +179,18 @@ class ConsistencyTraining:
             above = batch.lognormal(mean, std, torch.float64)
         else:
             above = batch.given_time("t", t, math.nextafter(epsilon, math.inf), math.inf).double() - epsilon
+        # In float64, as the rows have differences of coefficients at t and r.
         gap = above * affine(torch.sigmoid(above * -b), k * q**-stage, q**-stage).clamp_max(1.0)
         fixed = self._constants(batch.device)
         w = bases(above, gap, fixed)
         found, apart = coefficients(w, fixed)
         c, s = named(self.function, (*found.flatten(0, 2).unbind(), *apart.unbind())), w[1]
-        told, factor = self.function.c_noise(s).to(batch.coef_dtype), gap.reciprocal().to(batch.coef_dtype)
-        return pair_loss(batch, c, told.unbind(), s[1], None, metric, factor)
+        told = self.function.c_noise(s).to(batch.coef_dtype).unbind()
+        return pair_loss(batch, c, told, s[1], None, metric, factor=gap.reciprocal())
 
     @constant
     def _constants(self, device: torch.device) -> Tensor:
+        """_pair.constants() on a device."""
         found: Tensor = kept(self._tables, ("constants", device), lambda: constants(self.function).to(device))
         return found
 
