@@ -1,9 +1,11 @@
 """The losses of samples from reduce's sums, weighted and reduced over the batch:
 
-l = S / n                     S = sum mask rho(r), n = sum mask, of a mask
-l = sqrt(S + c^2) - c         pseudo-Huber, rho(r) = r^2
-l = S                         else
-L = scale w l                 a sample, or the sum or the mean of these over the batch
+    l = S / n                     S = sum mask rho(r), n = sum mask, of a mask
+    l = sqrt(S + c^2) - c         pseudo-Huber, rho(r) = r^2
+    l = S                         else
+    L = scale w l                 a sample, or the sum or the mean of these over the batch
+
+Of torch tensors and NumPy arrays; loss_function.py has the derivative by S.
 """
 
 from __future__ import annotations
