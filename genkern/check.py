@@ -136,9 +136,9 @@ def inside(name: str, value: Any, low: float, high: float) -> Any:
         return value
     if not _visible(value) or not math.prod(value.shape):
         return value
-    first, last = value.detach().aminmax() if is_tensor(value) else (value.min(), value.max())
-    if not (low <= float(first) and float(last) <= high and math.isfinite(first) and math.isfinite(last)):
-        raise ValueError(f"{name}: expected {_range(low, high)}, got {float(first):g} to {float(last):g}")
+    first, last = map(float, value.detach().aminmax() if is_tensor(value) else (value.min(), value.max()))
+    if not (low <= first and last <= high and math.isfinite(first) and math.isfinite(last)):
+        raise ValueError(f"{name}: expected {_range(low, high)}, got {first:g} to {last:g}")
     return value
 
 
@@ -458,8 +458,7 @@ def _visible(value: Any) -> bool:
         return True
     if compiling() or (value.device.type != "cpu" and not debug.values):
         return False
-    import torch
-
+    torch = sys.modules["torch"]
     return type(value) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(
         value
     )
@@ -468,17 +467,32 @@ def _visible(value: Any) -> bool:
 def _values(name: str, value: Any, low: float, high: float) -> None:
     if not _visible(value):
         return
-    for index, number in enumerate(value.reshape(-1).tolist()):  # of B numbers; for few of them faster than torch
-        if not (low <= number <= high and -math.inf < number < math.inf):
-            raise ValueError(f"{name}: expected {_range(low, high)}, got {number} at index {index}")
+    # Of B numbers; for few of them faster than torch.
+    numbers = (value if value.ndim == 1 else value.reshape(-1)).tolist()
+    index = _first_outside(numbers, low, high)
+    if index is not None:
+        raise ValueError(f"{name}: expected {_range(low, high)}, got {numbers[index]} at index {index}")
 
 
 def finite(name: str, value: Any, source: str) -> None:
     """FloatingPointError: a number of a small array [B] that is looked at here (_visible) is not finite."""
-    if _visible(value):
-        for index, number in enumerate(value.tolist()):
-            if not -math.inf < number < math.inf:
-                raise FloatingPointError(f"{name}: expected finite numbers, got {number} at index {index}, {source}")
+    if not _visible(value):
+        return
+    numbers = value.tolist()
+    index = _first_outside(numbers, -math.inf, math.inf)
+    if index is not None:
+        raise FloatingPointError(f"{name}: expected finite numbers, got {numbers[index]} at index {index}, {source}")
+
+
+def _first_outside(numbers: list[float], low: float, high: float) -> int | None:
+    """The index of the first number that is not finite, or not in [low, high]."""
+    # A finite sum has no NaN among its terms, and least and greatest are what they say: a third of the loop's time.
+    if math.isfinite(sum(numbers)):
+        unbounded = low == -math.inf and high == math.inf
+        if unbounded or not numbers or (low <= min(numbers) and max(numbers) <= high):
+            return None
+    inside = (low <= number <= high and math.isfinite(number) for number in numbers)
+    return next((index for index, found in enumerate(inside) if not found), None)
 
 
 def _range(low: float, high: float) -> str:

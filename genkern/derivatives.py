@@ -289,12 +289,12 @@ def transposed_terms(spec: Spec, given: Sequence[bool], needed: Sequence[bool]) 
 
 def transposed_row(
     spec: Spec, wanted: Sequence[tuple[int, int]], grads: Sequence[Tensor | None], values: Sequence[Tensor],
-    factor: Tensor | None = None,
+    factor: Tensor | None = None, scale: float = 1.0,
 ) -> tuple[rows.Row, list[Tensor]]:  # fmt: skip
-    """The row that yields the gradients of the wanted terms, out_k = factor sum_j c_jk G_j, in one pass, and its
+    """The row that yields the gradients of the wanted terms, out_k = scale factor sum_j c_jk G_j, in one pass, and its
     terms: the first given G_j as x, the others as h.
 
-    factor: [B], one number a sample, or [1]; multiplied into the coefficients.
+    factor: [B], one number a sample, or [1]; multiplied into the coefficients, as scale is.
     """
     given = [(j, g) for j, g in enumerate(grads) if g is not None]
     tensors = dict(zip(spec.cells, zip(values, spec.scales, strict=True), strict=True)) if spec.cells else {}
@@ -302,9 +302,9 @@ def transposed_row(
     def coefficient(j: int, term: int) -> Any:
         cell = rows.out_cell(j, term)
         if cell in tensors:
-            value, scale = tensors[cell]
-            return rows.Scaled(value if factor is None else factor * value, scale)
-        number = spec.row[cell]
+            value, own = tensors[cell]
+            return rows.Scaled(value if factor is None else factor * value, own * scale)
+        number = spec.row[cell] * scale
         return number if factor is None or number == 0.0 else rows.Scaled(factor, number)
 
     first, others = given[0][0], [j for j, _ in given[1:]]

@@ -29,12 +29,13 @@ from .calls import (
 from .coefficients import differentiable_formula, ready
 from .derivatives import Terms, laid_out, pulled_back, pushed_forward, transposed_row, transposed_terms
 from .lanes import drawn_once, over_lanes
+from .loss_function import sample_losses
 from .reference import formula as reference
 from .spec import FIRST_VALUE, KNOWN, M_UNCOND, TABLE, Spec, V, invoke, unpacked
 
 __all__ = [
     "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
-    "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_stat",
+    "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_stat", "sample_losses",
 ]  # fmt: skip
 
 
@@ -132,16 +133,17 @@ def _kept(spec: Spec, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _by_maps(
     spec: Spec, wanted: Sequence[tuple[int, int]], grads: Sequence[Tensor | None], values: Sequence[Any],
-    dtypes: Sequence[Any], factor: Tensor | None, into: Tensor | None = None,
+    dtypes: Sequence[Any], factor: Tensor | None, scale: float = 1.0, into: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the tensor arguments, the wanted ones by maps of up to three outputs each.
 
+    factor, scale: as in transposed_row.
     into: one of grads, read for the last time: a gradient of its dtype is written over it.
     """
     found: list[Tensor | None] = [None] * len(dtypes)
     for start in range(0, len(wanted), rows.MAX_OUTS):
         part = wanted[start : start + rows.MAX_OUTS]
-        row, terms = transposed_row(spec, part, grads, values, factor)
+        row, terms = transposed_row(spec, part, grads, values, factor, scale)
         part_dtypes = [dtypes[slot] for slot, _ in part]
         last = start + rows.MAX_OUTS >= len(wanted)
         reused = next((slot for slot, _ in part if into is not None and last and dtypes[slot] == into.dtype), None)
@@ -152,24 +154,28 @@ def _by_maps(
             results = tuple(
                 into.detach() if slot == reused else torch.empty_like(into, dtype=dtypes[slot]) for slot, _ in part
             )
-            back, arguments = laid_out(row, terms, part_dtypes)
-            run_map_out(back, results, *arguments)
+            _map(row, terms, part_dtypes, results)
         for (slot, _), result in zip(part, results, strict=True):
             found[slot] = result
     return found
 
 
-def _map(row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    """A row of x and h, differentiably."""
+def _map(
+    row: rows.Row, terms: Sequence[Tensor], dtypes: Sequence[torch.dtype], out: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """A row of x and h, differentiably where no outputs are given."""
     if not torch.compiler.is_compiling() and eager.face is not None:
         first, *others = terms
         quick: tuple[Tensor, ...] | None = eager.face.map_row(
-            row, first, None, None, tuple(others), None, None, dtypes, 1
+            row, first, None, None, tuple(others), None, out, dtypes, 1
         )
         if quick is not None:
             return quick
     back, arguments = laid_out(row, terms, dtypes)
-    return map_rows(back, *arguments)
+    if out is None:
+        return map_rows(back, *arguments)
+    run_map_out(back, out, *arguments)
+    return out
 
 
 # Of torch's private interface, so missed where it is not there: then nothing is done in place.
@@ -244,27 +250,31 @@ class _CompiledReduce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, grad_sums: Tensor | None) -> tuple[Any, ...]:
         residual, _, *tensors = ctx.saved_tensors
-        return _reduce_backward(ctx, residual, tensors, _first(grad_sums), False)
+        return _reduce_backward(ctx, residual, tensors, _first(grad_sums), 1.0, False)
 
 
 def _reduce_backward(
-    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], factor: Tensor | None, in_place: bool
+    ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], factor: Tensor | None, scale: float, in_place: bool
 ) -> tuple[Any, ...]:
-    """factor: the gradient of a sample's sum, [B] or, the same for all, [1]."""
+    """factor: the gradient of a sample's sum, but for the number scale; [B] or, the same for all, [1]."""
     spec, needed = ctx.spec, ctx.needs_input_grad[2:]
     if factor is None:
         return (None,) * (2 + len(needed))
-    factor = factor if spec.kind else 2.0 * factor
+    scale = scale if spec.kind else 2.0 * scale
     wanted = transposed_terms(spec, ctx.given, needed)
     if wanted is None:
-        g = residual.to(factor.dtype) * factor.reshape(-1, *[1] * (residual.ndim - 1))
+        g = residual.to(factor.dtype) * (scale * factor).reshape(-1, *[1] * (residual.ndim - 1))
         return (None, None, *pulled_back(spec, tensors, [g], needed, masked=True))
     into = residual if in_place else None
-    return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, into))
+    return (None, None, *_by_maps(spec, wanted, [residual], tensors[FIRST_VALUE:], ctx.dtypes, factor, scale, into))
 
 
 def _first(grad_sums: Tensor | None) -> Tensor | None:
-    return None if grad_sums is None else grad_sums[:, 0].contiguous()
+    """The gradient of the first sum, [B]; [1] where it is one number, expanded."""
+    if grad_sums is None:
+        return None
+    found = grad_sums[:, 0]
+    return found[:1] if found.stride(0) == 0 else found.contiguous()
 
 
 class _Once(torch.autograd.Function):
@@ -297,16 +307,16 @@ _ONCE = "path_loss: expected one derivative, got a second one; its sums are diff
 
 def _reduce_backward_once(
     ctx: Any, residual: Tensor, tensors: Sequence[Tensor | None], result: Tensor, grad: Tensor | None,
-    factor: Tensor | None,
+    factor: Tensor | None, scale: float = 1.0,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients, tied where they may be differentiated to the result that grad is the gradient of."""
     again = torch.is_grad_enabled() or transformed()
     in_place = ctx.scratch and not (torch.compiler.is_compiling() or again or _keeps_graph())
     # Without a retained graph this is the residual's last use, and it becomes the gradient where it lies.
     if not again:
-        return _reduce_backward(ctx, residual, tensors, factor, in_place)
+        return _reduce_backward(ctx, residual, tensors, factor, scale, in_place)
     with torch.no_grad():
-        found = _reduce_backward(ctx, residual, tensors, factor, False)
+        found = _reduce_backward(ctx, residual, tensors, factor, scale, False)
     slots = [k for k, g in enumerate(found) if g is not None]
     if not slots:
         return found
@@ -411,8 +421,8 @@ class _EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, _: Any, grad: Tensor | None) -> tuple[Any, ...]:
         _lay_out(ctx)
         residual, *tensors = ctx.saved_tensors
-        factor = None if grad is None else (ctx.call[3] * grad.detach()).reshape(1)
-        return _reduce_backward_once(ctx, residual, tensors, residual, grad, factor)
+        factor = None if grad is None else grad.detach().reshape(1)
+        return _reduce_backward_once(ctx, residual, tensors, residual, grad, factor, ctx.call[3])
 
 
 def _kept_eagerly(kept: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import check, eager, rows
+from . import check, eager, rows, sample_losses
 from .elementwise import checked as elementwise_terms
 from .noise import Noise, as_int64
 from .spec import Spec
@@ -172,11 +172,19 @@ def reduce_batch(
         if quick is not None:
             return quick
     _, sums = reduce_row(row, x=x, m=m, h=h, noise=noise, kind=kind, scratch=True, names=names)
-    by_sample = sums[:, 0]
+    return weighted(sums, weight, scale, "sum")
+
+
+def weighted(
+    sums: Any, weight: Any, scale: float, reduction: str, *, c: float | None = None, masked: bool = False
+) -> Any:
+    """sample_losses.formula of reduce_row's sums, with the gradients of the sums."""
     if check.is_tensor(sums):
-        return (by_sample if weight is None else by_sample * weight.to(sums.dtype)).sum() * scale
-    total = (by_sample if weight is None else by_sample * weight.astype(sums.dtype)).sum()
-    return sums.dtype.type(total * scale)
+        weight = None if weight is None else weight.to(sums.dtype)
+        return _torch_side().sample_losses(sums, c, masked, weight, scale, reduction)
+    weight = None if weight is None else weight.astype(sums.dtype)
+    found, _ = sample_losses.formula(sums, c, masked, weight, scale, reduction)
+    return found if found.ndim else sums.dtype.type(found)
 
 
 _functions: Any = None

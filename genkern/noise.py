@@ -69,11 +69,11 @@ class Noise:
 
     def at(self, purpose: Purpose, k: int = 0) -> Noise:
         """The same seed, stream and samples, for another use: draw = purpose << 24 | k, k below 2^24."""
-        return dataclasses.replace(self, draw=int(purpose) << 24 | check.unsigned("k", k, 24))
+        return Noise(self.seed, self.stream, self.sample_ids, int(purpose) << 24 | check.unsigned("k", k, 24))
 
     def of_samples(self, sample_ids: Any) -> Noise:
         """The same numbers of other samples."""
-        return dataclasses.replace(self, sample_ids=sample_ids)
+        return Noise(self.seed, self.stream, sample_ids, self.draw)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Noise):

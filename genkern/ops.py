@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import check, eager, rows
-from .check import coefficient as _coef
 from .ddim import coefficients
-from .fused import NAMES, _torch_side, apply_row, reduce_batch, reduce_row
+from .fused import NAMES, _torch_side, apply_row, reduce_batch, reduce_row, weighted
 from .noise import Noise
-from .rows import DDIMRow, Out, Row, times
+from .rows import DDIMRow, Out, Row, Scaled, times
 from .stat import quantile_row
 from .threshold import DynamicThreshold
 
@@ -348,31 +347,26 @@ def path_loss(
     row = Row((Out(0.0, times(-1.0, x_coef), m_coef, target, times(-1.0, noise_coef)),))
     names = _LOSS if names is _TARGETS and x_name == "x" else (x_name, *_LOSS[1:4], *names)
     shape, summed = model_output.shape, "l1" if kind == "l1" else "l2"
+    size, scale = max(math.prod(shape[1:]), 1), 1.0
     if weight is not None:
         weight = _coef("weight", weight, model_output)
-    if mask is None and kind != "pseudo_huber" and reduction != "none":
-        scale = 1.0 / max(math.prod(shape if reduction == "mean" else shape[1:]), 1)
         if isinstance(weight, float):
-            scale, weight = scale * weight, None
+            scale, weight = weight, None
+    if mask is None and kind != "pseudo_huber" and reduction != "none":
+        scale /= max(math.prod(shape), 1) if reduction == "mean" else size
         return reduce_batch(
             row, scale, weight=weight, x=x, m=model_output, h=h, noise=noise, kind=summed, names=names
         )  # fmt: skip
+    if kind == "pseudo_huber":
+        c = 0.00054 * size**0.5 if c is None else check.number("c", c)
+        if not c > 0.0:
+            raise ValueError(f"c: expected a number > 0, got {c}")
+    else:
+        c, scale = None, scale if mask is not None else scale / size
     _, sums = reduce_row(
         row, x=x, m=model_output, h=h, noise=noise, mask=mask, kind=summed, scratch=True, names=names
     )  # fmt: skip
-    total, count = sums[:, 0], sums[:, 1]
-    if kind == "pseudo_huber":
-        c = 0.00054 * max(math.prod(shape[1:]), 1) ** 0.5 if c is None else check.number("c", c)
-        if not c > 0.0:
-            raise ValueError(f"c: expected a number > 0, got {c}")
-        loss = (total + c * c) ** 0.5 - c
-    else:
-        loss = total / (count + (count == 0))
-    if weight is not None:
-        loss = loss * (weight if isinstance(weight, float) else _as(weight, loss))
-    if reduction == "none":
-        return loss
-    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+    return weighted(sums, weight, scale, reduction, c=c, masked=mask is not None)
 
 
 def _targets(h: Any, h_coefs: Any, like: Array) -> tuple[tuple[Array, ...], tuple[Coef, ...]]:
@@ -386,8 +380,11 @@ def _targets(h: Any, h_coefs: Any, like: Array) -> tuple[tuple[Array, ...], tupl
     return h, tuple([_coef(f"h_coefs[{k}]", value, like) for k, value in enumerate(coefs)])
 
 
-def _as(value: Array, like: Array) -> Array:
-    return value.to(like.dtype) if check.is_tensor(value) else value.astype(like.dtype)
+def _coef(name: str, value: Coef, like: Array, low: float = -math.inf, high: float = math.inf) -> Coef:
+    """check.coefficient; of a Scaled one, as the losses of methods give it, the tensor is checked."""
+    if type(value) is Scaled:
+        return Scaled(check.coefficient(name, value.value, like), value.scale)
+    return check.coefficient(name, value, like, low, high)
 
 
 def _needed(name: str, value: Array | None) -> Array:

@@ -83,6 +83,38 @@ def test_gradients_of_path_loss(kind: str, mask: str | None, coefficients: str, 
     gradcheck(positional(loss, tensors), tuple(tensors.values()), check_forward_ad=True)
 
 
+@pytest.mark.parametrize("kind", ["l2", "l1", "pseudo_huber"])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_gradient_beside_a_weight_that_has_none(
+    kind: str, mask: str | None, reduction: str, length: int, path: str
+) -> None:
+    m, h = variable(*SHAPE), variable(*SHAPE)
+    options: dict[str, Any] = {"kind": kind, "c": 0.7 if kind == "pseudo_huber" else None, "reduction": reduction}
+    options |= {"noise": NOISE, "noise_coef": 0.6, "m_coef": coefficient(3).detach(), "h": (h,), "h_coefs": (0.3,)}
+    if length:
+        options["weight"] = coefficient(length).detach()
+    if mask is not None:
+        options["mask"] = torch.rand(SHAPE) > 0.4 if mask == "bool" else torch.rand(SHAPE, dtype=torch.float64)
+    found, expected = gk.ops.path_loss(m, **options), gk.reference.path_loss(m, **options)
+    torch.testing.assert_close(found, expected)
+    incoming = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(loss, (m, h), incoming) for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["l2", "pseudo_huber"])
+def test_gradient_of_a_weight_has_the_losses_gradient(kind: str, path: str) -> None:
+    m, weight = variable(*SHAPE), coefficient(3)
+    options: dict[str, Any] = {"noise": NOISE, "noise_coef": 0.6, "kind": kind}
+    loss = gk.ops.path_loss(m, weight=weight, **options)
+    (of_weight,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (found,) = torch.autograd.grad(of_weight.sum(), m)
+    (expected,) = torch.autograd.grad(gk.ops.path_loss(m, **options), m)
+    torch.testing.assert_close(found, expected)
+
+
 def test_gradient_of_the_coefficient_of_drawn_noise(path: str) -> None:
     tensors = (variable(*SHAPE), coefficient(3), coefficient(1))
     gradcheck(lambda x, a, s: gk.ops.add_noise(x, a, s, noise=NOISE), tensors, check_forward_ad=True)
@@ -234,7 +266,8 @@ def test_a_second_derivative_of_the_loss_raises(path: str) -> None:
         hessian(lambda w: noise_loss(X @ w))(weight)
     with pytest.raises(RuntimeError, match="path_loss: expected one derivative"):
         grad(lambda w: grad(lambda w: noise_loss(X @ w))(w).square().sum())(weight)
-    for options in ({}, {"kind": "l1"}, {"kind": "pseudo_huber"}, {"x_coef": weight.sum()[None]}):
+    huber = {"kind": "pseudo_huber", "weight": torch.ones(len(X), dtype=torch.float64)}
+    for options in ({}, {"kind": "l1"}, huber, {"x_coef": weight.sum()[None]}):
         m = X @ weight
         value = gk.ops.path_loss(m, V, noise=NOISE, noise_coef=1.0, **options)
         (g,) = torch.autograd.grad(value, m, create_graph=True)

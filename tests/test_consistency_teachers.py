@@ -51,6 +51,8 @@ def test_network_of_a_discrete_path_is_told_the_nearest_timestep():
     for t, levels in zip(seen, (times[n + 1], times[n]), strict=True):
         assert t.dtype == torch.int64
         assert (t.numpy() == method.path.time_at(levels).round()).all()
+    consistency.loss(Net(), x, teacher=PathTeacher(network, method, round_times=False), n=n, n_steps=11)
+    torch.testing.assert_close(seen[2], torch.tensor(method.path.time_at(times[n + 1])))
 
 
 def called(*args):

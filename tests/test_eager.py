@@ -258,13 +258,13 @@ def test_the_residual_becomes_the_gradient_where_it_lies_unless_the_graph_is_kep
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    real = functions.run_map_out
+    real = functions._map
 
-    def noted(spec: Any, out: Any, *terms: Any) -> None:
-        written.extend(t.data_ptr() for t in out)
-        real(spec, out, *terms)
+    def noted(row: Any, terms: Any, dtypes: Any, out: Any = None) -> Any:
+        written.extend(t.data_ptr() for t in out or ())
+        return real(row, terms, dtypes, out)
 
-    monkeypatch.setattr(functions, "run_map_out", noted)
+    monkeypatch.setattr(functions, "_map", noted)
     m = torch.randn(3, 4, device=device, requires_grad=True)
     loss = gk.ops.path_loss(m, torch.zeros_like(m), x_coef=1.0)
     torch.autograd.grad(loss, m, retain_graph=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import genkern as gk
-from genkern import fused, rows
+from genkern import check, fused, rows
 
 SHAPE = (4, 3, 8)
 ops = gk.ops
@@ -392,6 +393,24 @@ def test_a_failing_call_draws_no_seed_and_writes_nothing() -> None:
     with pytest.raises(ValueError, match="row: expected at most 12"):
         fused.apply_row(many, x=x(), m=x(), h=(x(),) * 3)
     assert (out == 3.0).all() and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("numbers, index", [
+    ([0.5, math.nan, -1.0], 1), ([0.5, 0.5, math.inf], 2), ([math.inf, -math.inf, 0.5], 0), ([0.5, 2.0, math.nan], 1),
+    ([1.0, 0.5, -0.25], 2), ([0.0, 1.0, 0.5], None),
+])  # fmt: skip
+def test_first_number_outside_is_named(numbers: list[float], index: int | None) -> None:
+    value, like = torch.tensor(numbers, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    if index is None:
+        assert check.coefficient("t", value, like, 0.0, 1.0) is value
+        return
+    with pytest.raises(ValueError, match=f"t: expected a number from 0 to 1, got .* at index {index}"):
+        check.coefficient("t", value, like, 0.0, 1.0)
+
+
+def test_numbers_whose_sum_is_beyond_float64_are_finite() -> None:
+    value = torch.full((3,), 1e308, dtype=torch.float64)
+    assert check.coefficient("t", value, torch.zeros(3, 2, dtype=torch.float64)) is value
 
 
 @pytest.mark.parametrize("zero", ["sigma_t", "alpha_s"])

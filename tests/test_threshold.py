@@ -11,8 +11,10 @@ from test_guidance import CONDS, NULL, curved, wide
 from test_samplers import SHAPE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from watching import FREE, Launches
 
 import genkern as gk
+from genkern import eager
 from genkern.samplers import DDPM
 
 F64 = torch.float64
@@ -221,8 +223,6 @@ class Passes(TorchDispatchMode):
     ],
 )
 def test_a_step_is_as_few_passes_as_this(form, clip, expected, kernels, monkeypatch):
-    from genkern import eager
-
     monkeypatch.setattr(eager, "face", None)  # whose calls go past the dispatcher
     shape, counted = (5, 3, 400), []
 
@@ -241,6 +241,42 @@ def test_a_step_is_as_few_passes_as_this(form, clip, expected, kernels, monkeypa
         assert passes.names[first:second] == ["map", "map", "cat"]
     else:
         assert passes.names[first:second] == passes.names[second:third] == expected
+
+
+# (form, clip, small operations of a step that is captured, and of one that is not)
+SMALL = [
+    ("guided", None, 0, 0), ("guided", THRESHOLDS[1], 9, 3), ("rescaled", None, 13, 9),
+    ("rescaled", THRESHOLDS[1], 19, 12), ("apg", None, 11, 11),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form, clip, captured, other", SMALL)
+@pytest.mark.parametrize("captures", ["steps"], indirect=True)
+def test_small_operations_between_a_statistic_and_the_step(form, clip, captured, other, captures, kernels, monkeypatch):
+    """Of torch, on numbers of samples."""
+    monkeypatch.setattr(eager, "face", None)  # whose calls go past the dispatcher
+    shape, begun = (5, 3, 400), []
+    found = torch.randn(10, 3, 400)
+
+    def model(x, t, y=None):
+        begun.append(len(launches.small))
+        return found[: len(x)]
+
+    def step(**options):
+        gk.Diffusion().sample(model, shape, steps=3, seed=0, sampler="ddim", clip=clip, **FORMS[form], **options)
+
+    launches = Launches(shape)
+    with launches:
+        step()
+    assert begun[2] - begun[1] <= other
+    step(cuda_graph=True)
+    graph = captures[-1].graphs[-1]
+    sizes = [max((t.numel() for t in tree_leaves(call[1:]) if isinstance(t, torch.Tensor)), default=0)
+             for call in graph.calls]  # fmt: skip
+    names = [call[0].overloadpacket.__name__ for call in graph.calls]
+    small = [name for name, size in zip(names, sizes, strict=True) if size < math.prod(shape) and name not in FREE]
+    assert len(small) <= captured
+    assert any(name.startswith("map") for name in names)
 
 
 def test_a_step_without_noise_draws_none_whatever_its_path_values_are():

@@ -88,6 +88,47 @@ def test_loss_and_gradient_are_those_of_the_papers_algorithm(distilled, warmup, 
         torch.testing.assert_close(found, wanted)
 
 
+class Simple(nn.Module):
+    """F = p sin(y) (1 + t), and r beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(0.7, dtype=F64))
+
+    def forward(self, y, t, r=None):
+        return self.p * y.sin() * (1 + (t if r is None else t + r)[:, None])
+
+
+FORWARD_MODE = pytest.mark.parametrize("loss", [gk.TrigFlow().loss, gk.MeanFlow().loss], ids=["sCM", "MeanFlow"])
+
+
+@FORWARD_MODE
+def test_derivative_along_the_trajectory_is_the_same_under_transforms_and_compiled(loss):
+    torch._dynamo.reset()
+    net, x = Simple(), torch.randn(SHAPE, dtype=F64)
+    expected = loss(net, x, noise=Noise(3))
+
+    def of(p):
+        return loss(lambda y, t, **r: torch.func.functional_call(net, {"p": p}, (y, t), r), x, noise=Noise(3))
+
+    torch.testing.assert_close(torch.func.grad(of)(net.p.detach()), gradient(expected, net)[0])
+    compiled = torch.compile(lambda x: loss(net, x, noise=Noise(3)), fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(gradient(compiled, net), gradient(loss(net, x, noise=Noise(3)), net))
+    torch._dynamo.reset()
+
+
+@FORWARD_MODE
+def test_network_that_looks_at_nothing_has_no_derivative(loss):
+    x, out = torch.randn(SHAPE, dtype=F64), torch.randn(SHAPE, dtype=F64).requires_grad_()
+
+    def still(y, t, r=None):
+        return out + 0 * y + 0 * t[:, None]
+
+    constant, derived = (loss(model, x, noise=Noise(3)) for model in (lambda y, t, r=None: out, still))
+    torch.testing.assert_close(constant, derived)
+
+
 def test_exact_function_has_no_loss_under_the_exact_teacher():
     """Its derivative along the teacher's trajectories is 0."""
     x = STD * torch.randn(SHAPE, dtype=F64)

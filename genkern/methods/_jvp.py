@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..samplers import network
 from ._replay import drawn_again
@@ -39,5 +40,11 @@ def along(
         return network.call(inner, x, t, {**batch.cond, **extra}, name)
 
     with torch.no_grad(), drawn_again(inner, x.device):
-        value, tangent, *_ = torch.func.jvp(call, (x, t), (dx, dt))
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            value, tangent, *_ = torch.func.jvp(call, (x, t), (dx, dt))
+        else:  # the same, without a transform around every operation
+            with forward_ad.dual_level():
+                found = call(forward_ad.make_dual(x, dx), forward_ad.make_dual(t, dt))
+                value, tangent = forward_ad.unpack_dual(found)
+    tangent = torch.zeros_like(value) if tangent is None else tangent  # of a network that looks at neither
     return network.at_most(value, batch.x.dtype), network.at_most(tangent, batch.x.dtype)

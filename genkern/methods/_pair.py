@@ -5,6 +5,10 @@
 
 One map makes both networks' inputs and one reduce reads F_t, F^-_r, x and z: neither noised state, nor f, nor f^- is
 ever written. A metric that needs f and f^- themselves costs a map for each.
+
+Its numbers are powers of (13.29)'s scalings times 1, s or v = s - epsilon, for both s = r and s = t at once:
+
+    c_in = p_0,  c_out = sd v p_0,  c_skip = sd^2 p_1,      p_0 = (s^2 + sd^2)^(-1/2),  p_1 = (v^2 + sd^2)^(-1)
 """
 
 from __future__ import annotations
@@ -16,38 +20,62 @@ import torch
 from torch import Tensor
 
 from ..fused import apply_row
-from ..rows import Out, Row
+from ..rows import Out, Row, times
 from ..samplers import network
 from ._replay import drawn_again
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ..samplers import Preconditioned
     from ._training import Batch, Metric
 
-# Of columns().
+# Of coefficients(): names, and the power of sd that a coefficient is without, which the kernels multiply by. v p_1 has
+# no name: no row reads it.
 COLUMNS = (
-    "lower", "upper", "noise_lower", "noise_upper", "in_upper", "in_upper_z", "in_lower", "in_lower_z",
-    "out_upper", "out_lower", "skip_upper", "skip_upper_z", "skip_lower", "skip_lower_z", "x", "z",
-    "gap",
+    ("in_lower", 0), ("in_upper", 0), ("in_lower_z", 0), ("in_upper_z", 0), ("out_lower", 1), ("out_upper", 1),
+    ("skip_lower", 2), ("skip_upper", 2), ("skip_lower_z", 2), ("skip_upper_z", 2), ("", 2), ("", 2),
+    ("x", 2), ("z", 2),
 )  # fmt: skip
 
 
-def columns(f: Preconditioned, r: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """The rows' coefficients at the lower times r and the upper times t, as they are: [.] each."""
-    both = torch.stack([r, t])  # one small operation for the two of them
-    c_in, skip = f.c_in(both), f.c_skip(both)
-    columns = (f.c_noise(both), c_in, c_in * both, f.c_out(both), skip, skip * both)
-    (noise_r, noise_t), (in_r, in_t), (in_r_z, in_t_z), (out_r, out_t), (skip_r, skip_t), (skip_r_z, skip_t_z) = columns
+def constants(f: Preconditioned) -> Tensor:
+    """What bases() and coefficients() take from the host, float64 [5, 3, 2, 1]: for 1, s and v at r and t a shift, a
+    slope, whether the gap is taken off, a power, sd^2."""
+    sd2 = f.sigma_data**2
+    shift, slope, lower = [[1.0, 1.0], [f.epsilon] * 2, [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]], [1.0, 0.0]
+    powers, squares = [[0.0, 0.0], [-0.5, -0.5], [-1.0, -1.0]], [[0.0, 0.0], [sd2, sd2], [sd2, sd2]]
+    planes = [shift, slope, [[0.0, 0.0], lower, lower], powers, squares]
+    return torch.tensor(planes, dtype=torch.float64)[..., None]
+
+
+def bases(above: Tensor, gap: Tensor, constants: Tensor) -> Tensor:
+    """1, s and v at r = t - gap and at t, [3, 2, B], of above = t - epsilon and the gap, [B]. Two small operations."""
+    shift, slope, lower, *_ = constants.unbind()
+    return torch.addcmul(torch.addcmul(shift, slope, above), lower, gap, value=-1.0)
+
+
+def coefficients(w: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' coefficients in the order of COLUMNS, [2, 3, 2, .] and, x and z, [2, .]. Four small operations.
+
+    Args:
+        w: 1, s and v at r and t, [3, 2, .]: in float64, as coefficients at neighbouring times cancel.
+        constants: constants(f), on w's device.
+    """
+    powers, squares, both = constants[3, 1:], constants[4, 1:], w[1:]
+    found = torch.addcmul(squares, both, both).pow(powers).unsqueeze(1) * w
+    at_r, at_t = found[1, :2].unbind(1)
+    return found, at_r - at_t
+
+
+def named(f: Preconditioned, columns: Sequence[Tensor]) -> dict[str, Any]:
+    """Coefficients in the order of COLUMNS by their names, as a row takes them."""
+    sd = (1.0, f.sigma_data, f.sigma_data**2)
     return {
-        "lower": r, "upper": t, "noise_lower": noise_r, "noise_upper": noise_t,
-        "in_upper": in_t, "in_upper_z": in_t_z, "in_lower": in_r, "in_lower_z": in_r_z,
-        "out_upper": out_t, "out_lower": out_r,
-        "skip_upper": skip_t, "skip_upper_z": skip_t_z, "skip_lower": skip_r, "skip_lower_z": skip_r_z,
-        "x": skip_r - skip_t, "z": skip_r_z - skip_t_z,
-        "gap": t - r,
-    }  # fmt: skip
+        name: times(sd[power], column) if power else column
+        for (name, power), column in zip(COLUMNS, columns, strict=True)
+        if name
+    }
 
 
 def frozen(
@@ -61,31 +89,33 @@ def frozen(
 
 
 def pair_loss(
-    batch: Batch, c: dict[str, Tensor], times: Tensor, target: Any, metric: Metric | None, factor: Tensor | None = None
-) -> Tensor:
+    batch: Batch, c: Mapping[str, Any], told: tuple[Tensor, Tensor], times: Tensor, target: Any,
+    metric: Metric | None, factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The loss of f at c's upper times against f^- at its lower ones.
 
     Args:
         batch: the data, the noise, the student.
-        c: columns(), [B] each.
+        c: named(), of [B] each.
+        told: c_noise at the lower and the upper times.  [B] each.
         times: what a callable weight is called with.  [B].
         target: F of f^-; None: the student without gradient.
         metric: d(f, f^-), [B]; None: the batch's kind.
         factor: the weight where the caller gives none.  [B].
     """
-    target = batch.model if target is None else target
+    target, z = batch.model if target is None else target, batch.z
     inputs = Row((Out(x=c["in_upper"], z=c["in_upper_z"]), Out(x=c["in_lower"], z=c["in_lower_z"])))
-    seen, seen_lower = apply_row(inputs, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,) * 2)
-    goal = frozen(batch, target, seen_lower, c["noise_lower"], "target")
-    m = batch.call(seen, c["noise_upper"])
+    seen, seen_lower = apply_row(inputs, x=batch.x, noise=z, dtypes=(batch.model_dtype,) * 2)
+    goal = frozen(batch, target, seen_lower, told[0], "target")
+    m = batch.call(seen, told[1])
     if metric is None:
         return batch.loss(
-            m, batch.x, times, default=factor, m_coef=c["out_upper"], x_coef=c["x"], noise_coef=c["z"], noise=batch.z,
+            m, batch.x, times, default=factor, m_coef=c["out_upper"], x_coef=c["x"], noise_coef=c["z"], noise=z,
             h=(goal,), h_coefs=(c["out_lower"],),
         )  # fmt: skip
     upper = Row((Out(x=c["skip_upper"], m=c["out_upper"], z=c["skip_upper_z"]),))
     lower = Row((Out(x=c["skip_lower"], m=c["out_lower"], z=c["skip_lower_z"]),))
-    (f,) = apply_row(upper, x=batch.x, m=m, noise=batch.z)
+    (f,) = apply_row(upper, x=batch.x, m=m, noise=z)
     with torch.no_grad():
-        (f_lower,) = apply_row(lower, x=batch.x, m=goal, noise=batch.z)
+        (f_lower,) = apply_row(lower, x=batch.x, m=goal, noise=z)
     return batch.measured(metric, f, f_lower, times, default=factor)

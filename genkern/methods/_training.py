@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .. import check, ops
 from ..noise import Noise, Purpose
+from ..sample_losses import reduced
 from ..samplers import network
 from ..samplers.loop import check_source
-from .times import LossSecondMoment, TimeSampler, Uniform
+from ..small import affine
+from .times import LossSecondMoment, TimeSampler
 from .times import named as times_named
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
@@ -108,9 +110,9 @@ class Batch:
         """The noise of the data: given, or named."""
         return self._noise if isinstance(self._noise, Tensor) else self.source.at(self.purpose)
 
-    def uniform(self) -> Tensor:
-        """One number in (0, 1) a sample, [B], each by itself."""
-        return self.drawn(Uniform())
+    def uniform(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """One number in (0, 1) a sample, [B], each by itself; k: of several. dtype: default coef_dtype."""
+        return self._numbers(ops.uniform, k, dtype)
 
     def drawn(self, sampler: TimeSampler) -> Tensor:
         """t = F^{-1}(u) in [0, 1], [B], as the sampler of times and its distribution have them; float64 where there is
@@ -130,10 +132,17 @@ class Batch:
         checked: Tensor = check.coefficient("times", found, self.x, 0.0, 1.0)
         return checked
 
-    def normal(self, k: int = 0) -> Tensor:
-        """One standard normal number a sample, [B]; k: of several."""
-        noise = self.source.at(Purpose.TIMES, k)
-        return ops.randn((self.size,), noise=noise, device=self.device, dtype=self.coef_dtype)
+    def normal(self, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """One standard normal number a sample, [B]; k: of several. dtype: default coef_dtype."""
+        return self._numbers(ops.randn, k, dtype)
+
+    def _numbers(self, draw: Callable[..., Tensor], k: int, dtype: torch.dtype | None) -> Tensor:
+        dtype = self.coef_dtype if dtype is None else dtype
+        return draw((self.size,), noise=self.source.at(Purpose.TIMES, k), device=self.device, dtype=dtype)
+
+    def lognormal(self, mean: float, std: float, dtype: torch.dtype | None = None) -> Tensor:
+        """exp(n), n ~ N(mean, std^2), one a sample, [B]. dtype: default coef_dtype."""
+        return affine(self.normal(dtype=dtype), std, mean).exp()
 
     def index(self, count: int) -> Tensor:
         """One integer of 0 .. count-1 a sample, uniform, int64 [B]."""
@@ -142,7 +151,8 @@ class Batch:
     @staticmethod
     def index_at(u: Tensor, count: int) -> Tensor:
         """floor(u count), int64 [B], at numbers u in (0, 1)."""
-        return (u * count).long().clamp_(max=count - 1)  # the product may be rounded to count
+        # The product with count itself may be rounded to count; that with a float32 below it is not.
+        return (u * (count * (1.0 - 2.0**-23))).long()
 
     def given_index(self, name: str, value: Any, count: int) -> Tensor:
         """Integers of 0 .. count-1 given by the caller, as int64 [B]."""
@@ -244,9 +254,8 @@ class Batch:
             record(times, found.detach())
         if importance is not None:
             found = found * importance
-        if reduction == "none":
-            return found
-        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+        losses: Tensor = reduced(found, reduction)
+        return losses
 
     def squared(self, mask: bool = True) -> None:
         """The loss has its own distance. ValueError: kind or c of the caller, or a mask where it may not have one."""
@@ -275,26 +284,29 @@ class Batch:
             raise ValueError(f"metric: expected shape ({self.size},), one a sample, got {tuple(found.shape)}")
         return self.weighed(found.reshape(self.size).to(self.coef_dtype), times, default)
 
-    def squares(self, m: Tensor, **target: Any) -> Tensor:
-        """The mean square of ops.path_loss's residual, under the caller's mask, times a sample's elements.  [B]."""
-        found = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
-        return torch.as_tensor(found) * max(math.prod(m.shape[1:]), 1)
+    def mean_squares(self, m: Tensor, **target: Any) -> Tensor:
+        """The mean square of ops.path_loss's residual over a sample, under the caller's mask.  [B]."""
+        found: Tensor = ops.path_loss(m, **target, mask=self._options.get("mask"), reduction="none")
+        return found
 
-    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None) -> Tensor:
-        """Losses of the samples, [B], weighted and reduced under the caller's options; default as in loss()."""
-        weight, reduction = self._weight(times, default), self._options.get("reduction", "mean")
+    def weighed(self, found: Tensor, times: Tensor, default: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Losses of the samples, [B], weighted and reduced under the caller's options, times a number; default as in
+        loss()."""
+        weight = self._weight(times, default)
         if weight is not None:
             weight = check.coefficient("weight", weight, found)
-            found = found * (weight if isinstance(weight, float) else weight.to(found.dtype))
-        if reduction == "none":
-            return found
-        return found.sum() / max(self.size, 1) if reduction == "mean" else found.sum()
+            if isinstance(weight, float):
+                scale *= weight
+            else:
+                found = found * weight.to(found.dtype)
+        found = reduced(found, self._options.get("reduction", "mean"))
+        return found if scale == 1.0 else found * scale
 
     def _weight(self, times: Tensor, default: Tensor | None) -> float | Tensor | None:
         """The caller's weight at these times, else the default."""
         weight = self._options.get("weight")
         if callable(weight):
-            weight = weight(times)
+            weight = weight(times.to(self.coef_dtype))
             if weight is None:
                 raise TypeError("weight: expected a number or a tensor [B] from the callable, got None")
         return default if weight is None else weight

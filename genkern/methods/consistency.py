@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import check, grids, ops
 from ..fused import apply_row
-from ..rows import Out, Row
+from ..rows import Out, Row, times
 from ..samplers import Multistep, Preconditioned, editing, loop, network
 from ..samplers.table import Sampler, stages_of
 from ._flow_samplers import sampler_named
@@ -106,7 +106,7 @@ class Consistency(ConsistencyDistillation, ZeroShot):
         mean, std = check.number("mean", mean), check.number("std", std, 0.0)
         batch, sd = Batch(teacher, x, options), self.teacher.sigma_data
         if sigma is None:
-            sigma = (batch.normal() * std + mean).exp()
+            sigma = batch.lognormal(mean, std)
         else:
             sigma = batch.given_time("sigma", sigma, self.sigma_min, np.inf)
         c_in = self.teacher.c_in(sigma)
@@ -114,7 +114,9 @@ class Consistency(ConsistencyDistillation, ZeroShot):
         noising = Row((Out(x=c_in, z=in_scale),))
         (seen,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
         m = batch.call(seen, self.teacher.c_noise(sigma))
-        return batch.loss(m, batch.x, sigma, x_coef=in_scale / sd, noise_coef=c_in * -sd, noise=batch.z)
+        return batch.loss(
+            m, batch.x, sigma, x_coef=times(1.0 / sd, in_scale), noise_coef=times(-sd, c_in), noise=batch.z
+        )
 
     @torch.no_grad()
     def self_consistency(

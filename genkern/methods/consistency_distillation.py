@@ -23,9 +23,9 @@ from torch import Tensor
 from .. import check, ops
 from ..fused import apply_row
 from ..kept import constant, kept
-from ..noise import Purpose
-from ..rows import Out, Row
+from ..rows import Out, Row, times
 from ..samplers import Preconditioned, network
+from ..small import affine
 from ._distillation import SOLVERS, columns, names
 from ._pair import frozen
 from ._training import Batch
@@ -88,7 +88,7 @@ class ConsistencyDistillation(ConsistencyTraining):
         c = dict(zip(names(solver), table.index_select(1, index).unbind(0), strict=True))
         wide, seen_dtype = batch.x.dtype, batch.model_dtype
         target = model if target is None else target
-        w = low if high is None else self._drawn(batch, low, high)
+        w = low if high is None else affine(batch.uniform(3), high - low, low)
         told = None
         if guidance_name is not None:
             scale = torch.full((1,), w, device=batch.device) if isinstance(w, float) else w.float()
@@ -96,7 +96,7 @@ class ConsistencyDistillation(ConsistencyTraining):
 
         def taught(seen: Tensor, t: Tensor) -> dict[str, Any]:
             """The teacher's outputs, as apply_row takes them."""
-            at = t.round().long() if other is not None and other.rounds else t
+            at = t.long() if other is not None and other.rounds else t
             of = teacher if other is None else other.network
             found = {"m": frozen(batch, of, seen, at, "teacher")}
             if without is not None:
@@ -124,7 +124,7 @@ class ConsistencyDistillation(ConsistencyTraining):
             goal = frozen(batch, target, seen_lower, c["noise_lower"], "target", told)
         m = batch.call(seen, c["noise_upper"], given=told)
         if metric is not None:
-            f = ops.consistency_skip(x_upper, m, -c["minus_skip_upper"], c["out_upper"])
+            f = ops.consistency_skip(x_upper, m, times(-1.0, c["minus_skip_upper"]), c["out_upper"])
             with torch.no_grad():
                 f_lower = ops.consistency_skip(x_hat, goal, c["skip_lower"], c["out_lower"])
             return batch.measured(metric, f, f_lower, c["lower"])
@@ -132,13 +132,6 @@ class ConsistencyDistillation(ConsistencyTraining):
             m, x_upper, c["lower"], m_coef=c["out_upper"], x_coef=c["minus_skip_upper"], h=(x_hat, goal),
             h_coefs=(c["skip_lower"], c["out_lower"]),
         )  # fmt: skip
-
-    @staticmethod
-    def _drawn(batch: Batch, low: float, high: float) -> Tensor:
-        """Guidance scales, uniform in (low, high), [B]."""
-        noise = batch.source.at(Purpose.TIMES, 3)
-        u = ops.uniform((batch.size,), noise=noise, device=batch.device, dtype=batch.coef_dtype)
-        return low + (high - low) * u
 
     @constant
     def _table(
@@ -150,7 +143,7 @@ class ConsistencyDistillation(ConsistencyTraining):
             found = columns(self.function, self.times(n), self._scalings if other is None else other.scalings, solver)
             return torch.tensor(np.stack([found[name] for name in names(solver)]), dtype=dtype).to(device)
 
-        path = None if other is None else (other.path, other.prediction)
+        path = None if other is None else (other.path, other.prediction, other.rounds)
         table: Tensor = kept(self._tables, (n, device, dtype, path, solver), make)
         return table
 

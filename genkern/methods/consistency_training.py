@@ -2,7 +2,8 @@
 
     L = E w d(f(x + t z, t), f^-(x + r z, r)),        t > r >= epsilon,
 
-where distillation has the teacher's step (13.31) in place of x + r z, the unbiased estimate of it (theorem 2 of CT):
+where distillation has the teacher's step (13.31) in place of x + r z, an unbiased estimate of Euler's step with the
+true score (lemma 1 of CT; by its theorem 2 the two losses differ by o(max (t - r))):
 
     CT     t_n, t_{n+1} neighbours of (13.30), n uniform;  f^- a running average;  w = 1
     iCT    n with the mass of ln t ~ N(mean, std^2) in [t_n, t_{n+1}];  f^- = f without gradient;  w = 1 / (t - r)
@@ -27,7 +28,8 @@ from torch import Tensor
 from .. import check, grids
 from ..kept import constant, kept
 from ..samplers import Preconditioned
-from ._pair import COLUMNS, columns, pair_loss
+from ..small import affine
+from ._pair import bases, coefficients, constants, named, pair_loss
 from ._training import Batch
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ class ConsistencyTraining:
         n_steps, batch = check.integer("n_steps", n_steps, 2), Batch(model, x, options)
         batch.measurable(metric)
         index = batch.index(n_steps - 1) if n is None else batch.given_index("n", n, n_steps - 1)
-        c = self._pairs(n_steps, batch, index)
-        return pair_loss(batch, c, c["lower"], target, metric)
+        c, told, lower, _ = self._pairs(n_steps, batch, index)
+        return pair_loss(batch, c, told, lower, target, metric)
 
     def improved_loss(
         self, model: Any, x: Tensor, *, n_steps: int = 11, n: Any = None, mean: float = -1.1, std: float = 2.0,
@@ -114,15 +116,15 @@ class ConsistencyTraining:
         batch = _huber(model, x, options, metric)
         if n is None:
             ends = self._masses(n_steps, batch.device, mean, std)
-            index = torch.searchsorted(ends[:-1], batch.uniform().double(), right=True)
+            index = torch.searchsorted(ends, batch.uniform(dtype=torch.float64), right=True)
         else:
             index = batch.given_index("n", n, n_steps - 1)
-        c = self._pairs(n_steps, batch, index)
-        return pair_loss(batch, c, c["lower"], None, metric, factor=1.0 / c["gap"])
+        c, told, lower, factor = self._pairs(n_steps, batch, index)
+        return pair_loss(batch, c, told, lower, None, metric, factor)
 
     @constant
     def _masses(self, n: int, device: torch.device, mean: float, std: float) -> Tensor:
-        """The running sum of P(n) of improved_loss, [N-1] float64."""
+        """The running sum of P(n) of improved_loss without its end, 1.  [N-2] float64."""
 
         def make() -> Tensor:
             edges = torch.tensor((np.log(self.times(n)) - mean) / std, dtype=torch.float64)
@@ -131,7 +133,7 @@ class ConsistencyTraining:
             mass = torch.where(edges[:-1] > 0.0, upper, torch.special.ndtr(edges).diff())
             if not float(mass.sum()) > 0.0:
                 raise ValueError(f"mean, std: expected mass in [{self.sigma_min}, {self.sigma_max}], got {mean}, {std}")
-            return (mass.cumsum(0) / mass.sum()).to(device)
+            return (mass.cumsum(0)[:-1] / mass.sum()).to(device)
 
         ends: Tensor = kept(self._tables, ("masses", n, device, mean, std), make)
         return ends
@@ -174,28 +176,44 @@ class ConsistencyTraining:
             raise ValueError(f"q: expected a number > 1, got {q}")
         batch, epsilon = _huber(model, x, options, metric), self.sigma_min
         if t is None:
-            above = (batch.normal() * std + mean).exp().double()
+            above = batch.lognormal(mean, std, torch.float64)
         else:
             above = batch.given_time("t", t, math.nextafter(epsilon, math.inf), math.inf).double() - epsilon
         # In float64, as the rows have differences of coefficients at t and r.
-        gap = above * ((1.0 + k * torch.sigmoid(-b * above)) * q**-stage).clamp_max(1.0)
-        c = columns(self.function, epsilon + (above - gap), epsilon + above) | {"gap": gap}
-        c = dict(zip(c, torch.stack([*c.values()]).to(batch.coef_dtype).unbind(0), strict=True))
-        return pair_loss(batch, c, c["upper"], None, metric, factor=1.0 / c["gap"])
+        gap = above * affine(torch.sigmoid(above * -b), k * q**-stage, q**-stage).clamp_max(1.0)
+        fixed = self._constants(batch.device)
+        w = bases(above, gap, fixed)
+        found, apart = coefficients(w, fixed)
+        c, s = named(self.function, (*found.flatten(0, 2).unbind(), *apart.unbind())), w[1]
+        told = self.function.c_noise(s).to(batch.coef_dtype).unbind()
+        return pair_loss(batch, c, told, s[1], None, metric, factor=gap.reciprocal())
 
-    def _pairs(self, n: int, batch: Batch, index: Tensor) -> dict[str, Tensor]:
-        """columns() of neighbouring times (13.30) by the lower one's index, [B] each."""
+    @constant
+    def _constants(self, device: torch.device) -> Tensor:
+        """_pair.constants() on a device."""
+        found: Tensor = kept(self._tables, ("constants", device), lambda: constants(self.function).to(device))
+        return found
+
+    def _pairs(
+        self, n: int, batch: Batch, index: Tensor
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor, Tensor]:
+        """named() of neighbouring times (13.30) by the lower one's index, c_noise at both, the lower one, 1 / (t - r),
+        [B] each."""
         table = self._pair_table(n, batch.device, batch.coef_dtype)
-        return dict(zip(COLUMNS, table.index_select(1, index).unbind(0), strict=True))
+        *columns, told_r, told_t, lower, factor = table.index_select(1, index).unbind()
+        return named(self.function, columns), (told_r, told_t), lower, factor
 
     @constant
     def _pair_table(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """columns() in the order of COLUMNS, computed in float64, [., N-1]."""
+        """The same at every pair, computed in float64, [., N-1]."""
 
         def make() -> Tensor:
             times = torch.tensor(self.times(n), dtype=torch.float64)
-            found = columns(self.function, times[:-1], times[1:])
-            return torch.stack([found[name] for name in COLUMNS]).to(dtype).to(device)
+            s = torch.stack([times[:-1], times[1:]])
+            w = torch.stack([torch.ones_like(s), s, s - self.function.epsilon])
+            found, apart = coefficients(w, constants(self.function))
+            more = [self.function.c_noise(s), s[:1], 1.0 / (s[1:] - s[:1])]
+            return torch.cat([found.flatten(0, 2), apart, *more]).to(dtype).to(device)
 
         table: Tensor = kept(self._tables, ("pairs", n, device, dtype), make)
         return table

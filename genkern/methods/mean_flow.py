@@ -12,16 +12,17 @@ Geng, Deng, Bai, Kolter, He, arXiv:2505.13447, eqs. (3), (6), (9)-(12), (22).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import check, grids, ops
+from .. import check, grids
 from ..fused import apply_row
-from ..noise import Purpose
 from ..rows import Out, Row
+from ..small import affine
 from ._jvp import along
 from ._training import Batch
 from .flow_matching import FlowMatching
@@ -88,15 +89,19 @@ class MeanFlow:
         else:
             t, r = batch.given_time("t", t, 0.0, 1.0), batch.given_time("r", r, 0.0, 1.0)
             check.inside("r - t", r - t, 0.0, 1.0)
-        slope = self.path.d_sigma(0.0)
-        start = Row((Out(x=t, z=self.path.sigma(t)), Out(x=1.0, z=slope)))
-        x_t, v = apply_row(start, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,) * 2)
+        slope, z = self.path.d_sigma(0.0), batch.z
+        # sigma = 1 + sigma' t
+        start = Row((Out(x=t, z=affine(t, slope, 1.0)), Out(x=1.0, z=slope)))
+        x_t, v = apply_row(start, x=batch.x, noise=z, dtypes=(batch.model_dtype,) * 2)
         _, along_v = along(batch, model, x_t, t, v, torch.ones_like(t), {"r": r}, "model")
         m = batch.call(x_t, t, given={"r": r})
-        squares = batch.squares(
-            m, x=batch.x, x_coef=1.0, noise=batch.z, noise_coef=slope, h=(along_v,), h_coefs=(r - t,)
-        )
-        return batch.weighed(squares / (squares.detach() + c) ** p, t)
+        found = batch.mean_squares(m, x=batch.x, x_coef=1.0, noise=z, noise_coef=slope, h=(along_v,), h_coefs=(r - t,))
+        # S = n found, so that S / (S + c)^p = n^(1 - p) found / (found + c / n)^p.
+        size = max(math.prod(x.shape[1:]), 1)
+        if p > 0.0:
+            divisor = found.detach() + c / size
+            found = found / (divisor if p == 1.0 else divisor**p)
+        return batch.weighed(found, t, scale=size ** (1.0 - p))
 
     def sample(
         self, model: Any, shape: Sequence[int] | None = None, *, steps: int | None = None, times: Any = None,
@@ -128,11 +133,9 @@ class MeanFlow:
 
     @staticmethod
     def _times(batch: Batch, mean: float, std: float, apart: float) -> tuple[Tensor, Tensor]:
-        a, b = (torch.sigmoid(-(batch.normal(k) * std + mean)) for k in (0, 1))
-        t = torch.minimum(a, b)
-        noise = batch.source.at(Purpose.TIMES, 2)
-        u = ops.uniform((batch.size,), noise=noise, device=batch.device, dtype=batch.coef_dtype)
-        return t, torch.where(u < apart, torch.maximum(a, b), t)
+        numbers = torch.stack([batch.normal(0), batch.normal(1)])
+        t, later = torch.sigmoid(affine(numbers, -std, -mean)).aminmax(dim=0)
+        return t, torch.where(batch.uniform(2) < apart, later, t)
 
 
 class _ToNext(nn.Module):

@@ -40,7 +40,8 @@ class PathTeacher:
         self.rounds = isinstance(path, paths.DiscreteVP) and bool(round_times)
 
     def scalings(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(alpha, a alpha, b, t) at noise levels, in float64 and in the places of c_in, c_skip, c_out, c_noise.
+        """(alpha, a alpha, b, t) at noise levels, in float64 and in the places of c_in, c_skip, c_out, c_noise; t as
+        the network is told it.
 
         Raises:
             ValueError: the path does not have these noise levels, or the prediction says nothing there.
@@ -55,7 +56,7 @@ class PathTeacher:
                 f"{levels.max():g}, epsilon to T, got {type(self.path).__name__} with {self.prediction!r}: {error}"
             ) from error
         one = np.ones_like(levels)
-        return alpha * one, y.x * alpha * one, y.m * one, t
+        return alpha * one, y.x * alpha * one, y.m * one, t.round() if self.rounds else t
 
 
 def checked(teacher: Any) -> Any:

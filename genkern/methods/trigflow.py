@@ -24,10 +24,11 @@ from torch import Tensor
 
 from .. import check, grids, ops
 from ..fused import apply_row, reduce_row
-from ..rows import Out, Row
+from ..rows import Out, Row, times
 from ..samplers import loop, network
 from ..samplers.table import Sampler, stages_of
 from ..samplers.trig import Trig, TrigMultistep
+from ..small import affine
 from ._flow_samplers import sampler_named
 from ._jvp import along
 from ._pair import frozen
@@ -111,10 +112,10 @@ class TrigFlow:
         mean, std = check.number("mean", mean), check.number("std", std, 0.0)
         batch = Batch(teacher, x, options)
         t, cos, sin = self._angles(batch, t, mean, std)
-        noising = Row((Out(x=cos / self.sigma_data, z=sin),))
+        noising = Row((Out(x=times(1.0 / self.sigma_data, cos), z=sin),))
         (seen,) = apply_row(noising, x=batch.x, noise=batch.z, dtypes=(batch.model_dtype,))
         m = batch.call(seen, t)
-        return batch.loss(m, batch.x, t, x_coef=sin / -self.sigma_data, noise_coef=cos, noise=batch.z)
+        return batch.loss(m, batch.x, t, x_coef=times(-1.0 / self.sigma_data, sin), noise_coef=cos, noise=batch.z)
 
     def loss(
         self, model: Any, x: Tensor, *, teacher: Any = None, warmup: float = 1.0, tangent_c: float | None = 0.1,
@@ -149,37 +150,38 @@ class TrigFlow:
         batch, sd = Batch(model, x, options), self.sigma_data
         batch.squared(mask=False)
         t, cos, sin = self._angles(batch, t, mean, std)
-        seen_dtype, both, zero = batch.model_dtype, cos * sin, torch.zeros_like(t)
+        seen_dtype, z, both = batch.model_dtype, batch.z, cos * sin
+        along_cos, along_sin, cos2 = both * cos, both * sin, cos * cos
 
-        state = Out(x=cos / sd, z=sin)
+        state = Out(x=times(1.0 / sd, cos), z=sin)
+        slope: tuple[Tensor, ...] = ()
         if teacher is None:
-            start = Row((state, Out(x=both * sin / -sd, z=both * cos)))
-            seen, dx = apply_row(start, x=batch.x, noise=batch.z, dtypes=(seen_dtype, seen_dtype))
-            slope: tuple[Tensor, ...] = ()
+            start = Row((state, Out(x=times(-1.0 / sd, along_sin), z=along_cos)))
+            seen, dx = apply_row(start, x=batch.x, noise=z, dtypes=(seen_dtype, seen_dtype))
+            # cos^2 dx/dt has z and x, too: sd cos^3 z - cos^2 sin x.
+            x_coef, z_coef = times(-1.0 - w, along_cos), times(sd, affine(cos2, 1.0 + w, -w) * cos)
         else:
-            (seen,) = apply_row(Row((state,)), x=batch.x, noise=batch.z, dtypes=(seen_dtype,))
+            (seen,) = apply_row(Row((state,)), x=batch.x, noise=z, dtypes=(seen_dtype,))
             slope = (frozen(batch, teacher, seen, t, "teacher"),)
             (dx,) = apply_row(Row((Out(x=both),)), x=slope[0], dtypes=(seen_dtype,))
+            x_coef, z_coef = times(-w, along_cos), times(-w * sd, along_sin)
         still, turn = along(batch, model, seen, t, dx, both, {}, "model")
 
-        drift = (zero, zero) if slope else (-cos * both, sd * cos**3)  # of dx/dt
-        tangent = Out(
-            x=drift[0] - w * cos * both, m=-sd * cos * cos, z=drift[1] - w * sd * both * sin,
-            h=(-w * sd, *(sd * cos * cos for _ in slope)),
-        )  # fmt: skip
+        h_coefs = (-w * sd, *(times(sd, cos2) for _ in slope))
+        tangent = Row((Out(x=x_coef, m=times(-sd, cos2), z=z_coef, h=h_coefs),))
         with torch.no_grad():
-            g, sums = reduce_row(Row((tangent,)), x=batch.x, m=still, h=(turn, *slope), noise=batch.z)
+            g, sums = reduce_row(tangent, x=batch.x, m=still, h=(turn, *slope), noise=z)
             norms = sums[:, 0].sqrt()
             check.finite(
                 "tangent", norms, "of the model's output and its derivative" + ", and the teacher's" * len(slope)
             )
-            scale = 1.0 if tangent_c is None else 1.0 / (norms + tangent_c)
+            scale = 1.0 if tangent_c is None else (norms + tangent_c).reciprocal()
         m = batch.call(seen, t)
-        found = batch.squares(m, h=(still, g), h_coefs=(1.0, scale)) / max(math.prod(x.shape[1:]), 1)
-        if log_weight is not None:
-            u = self._log_weight(log_weight, t)
-            found = u.exp() * found - u
-        return batch.weighed(found, t)
+        target: dict[str, Any] = {"h": (still, g), "h_coefs": (1.0, scale)}
+        if log_weight is None:
+            return batch.loss(m, None, t, **target)
+        u = self._log_weight(log_weight, t)
+        return batch.loss(m, None, t, factor=u.exp(), added=-u, **target)
 
     def sample(
         self, model: Any, shape: Sequence[int] | None = None, *, steps: int | None = None, times: Any = None,
@@ -237,7 +239,7 @@ class TrigFlow:
     def _angles(self, batch: Batch, t: Any, mean: float, std: float) -> tuple[Tensor, Tensor, Tensor]:
         """t, cos t, sin t, [B] each."""
         if t is None:
-            found = ((batch.normal() * std + mean).exp() / self.sigma_data).atan()
+            found = batch.lognormal(mean - math.log(self.sigma_data), std).atan()
         else:
             found = batch.given_time("t", t, 0.0, math.pi / 2)
         return found, found.cos(), found.sin()

@@ -36,17 +36,15 @@ class BySample:
         threshold: of the stage's prediction, or None.
         cells: the numbers of the row, packed with clip = (-1, 1) where there is a threshold.
         outs: how many outputs it has.
-        dtype: of the state.
+        like: a state, [B, ...].
         table, rows: of a captured step, float64: its row is table[rows]; None: the row is the host's.
     """
 
     def __init__(
         self, pred: tuple[float, float] | None, guidance: object, rescales: bool, threshold: DynamicThreshold | None,
-        cells: Sequence[float], outs: int, dtype: torch.dtype, table: Tensor | None = None, rows: Tensor | None = None,
+        cells: Sequence[float], outs: int, like: Tensor, table: Tensor | None = None, rows: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.rescales, self.threshold = rescales, threshold
-        self._pred, self._guidance = pred, guidance
-        self._arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+        self._threshold, self._pred, self._guidance = threshold, pred, guidance
         factor_of = [ONE] * len(cells)
         if rescales:
             for cell in (B, *range(FIRST_OUT + M, n_cells(outs), OUT_CELLS)):
@@ -60,50 +58,47 @@ class BySample:
         self.scales = tuple(scale for _, scale, _ in found)
         self._columns = [which for _, _, which in found]
         self._table, self._rows = table, rows
-        if table is not None:
-            self._factor_of = torch.tensor(factor_of, device=table.device)
-            self._prediction = torch.tensor(_PREDICTION, device=table.device)
-            self._unbounded = torch.tensor(_UNBOUNDED, device=table.device)
+        if table is None:
+            return
+        n, arithmetic = like.shape[0], torch.float64 if like.dtype == torch.float64 else torch.float32
+        # What a replay writes lies where it lay: the factors, [B, columns], and the rows made with them.
+        self._factors = torch.ones(n, _COLUMNS, dtype=torch.float64, device=like.device)
+        self._factors[:, INFINITY], self._factors[:, NOTHING] = torch.inf, 0.0
+        self._row = torch.empty(n, len(cells), dtype=arithmetic, device=like.device)
+        self._predicting = torch.empty(n, len(_PREDICTION), dtype=arithmetic, device=like.device)
+        self._factor_of, self._prediction, self._unbounded = (
+            torch.tensor(which, device=like.device) for which in (factor_of, _PREDICTION, _UNBOUNDED)
+        )
 
     def tensors(self) -> list[Tensor]:
         """What it keeps on the device."""
-        return [] if self._table is None else [self._factor_of, self._prediction, self._unbounded]
-
-    def factors(self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None) -> dict[int, Tensor]:
-        """f, 1 / s and s of every sample, float64 [B], by their columns."""
-        found = {} if rescale is None else {RESCALE: rescale}
-        if self._table is not None:
-            found[ONE] = torch.ones(x.shape[:1], dtype=torch.float64, device=x.device)
-        if self.threshold is None:
-            return found
         if self._table is None:
+            return []
+        return [self._factors, self._row, self._predicting, self._factor_of, self._prediction, self._unbounded]
+
+    def values(self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None) -> list[Tensor]:
+        """The factors of the cells, in their order, float64 [B]: what a row from the host takes."""
+        found = {} if rescale is None else {RESCALE: rescale}
+        if self._threshold is not None:
             assert self._pred is not None
             a, b = self._pred
-            pred = (a, b if rescale is None else Scaled(rescale, b))
-            row: Row | RowTable = Row((Out(y=1.0),), pred, guidance=self._guidance)
-        else:
-            one = found[ONE]
-            found |= {INFINITY: torch.full_like(one, torch.inf), NOTHING: torch.zeros_like(one)}
-            cells = self._line().index_select(1, self._prediction) * self._by_cell(found, self._unbounded)
-            row = RowTable(cells.to(self._arithmetic), 1, use_pred=True)
-        quantile = quantile_row(row, self.threshold.ratio, x=x, m=m, m_uncond=m_uncond)
-        s = self.threshold.bound(quantile).to(torch.float64)
-        return found | {INVERSE: s.reciprocal(), BOUND: s}
+            row = Row((Out(y=1.0),), (a, b if rescale is None else Scaled(rescale, b)), guidance=self._guidance)
+            quantile = quantile_row(row, self._threshold.ratio, x=x, m=m, m_uncond=m_uncond)
+            s = self._threshold.bound(quantile).to(torch.float64)
+            found |= {INVERSE: s.reciprocal(), BOUND: s}
+        return [found[which] for which in self._columns]
 
-    def values(self, factors: dict[int, Tensor]) -> list[Tensor]:
-        """Of the cells, in their order: what a row from the host takes."""
-        return [factors[which] for which in self._columns]
-
-    def rows(self, factors: dict[int, Tensor]) -> Tensor:
+    def rows(self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None) -> Tensor:
         """The row of every sample, [B, cells]: what a captured step takes."""
-        return (self._line() * self._by_cell(factors, self._factor_of)).to(self._arithmetic)
-
-    @staticmethod
-    def _by_cell(factors: dict[int, Tensor], which: Tensor) -> Tensor:
-        """The factor of every cell, [B, cells]."""
-        columns = torch.stack([factors.get(k, factors[ONE]) for k in range(_COLUMNS)], dim=1)
-        return columns.index_select(1, which)
-
-    def _line(self) -> Tensor:
         assert self._table is not None and self._rows is not None
-        return self._table.index_select(0, self._rows)
+        line, factors = self._table.index_select(0, self._rows), self._factors
+        if rescale is not None:
+            factors[:, RESCALE].copy_(rescale)
+        if self._threshold is not None:
+            cells = line.index_select(1, self._prediction)
+            torch.mul(cells, factors.index_select(1, self._unbounded), out=self._predicting)
+            row = RowTable(self._predicting, 1, use_pred=True)
+            quantile = quantile_row(row, self._threshold.ratio, x=x, m=m, m_uncond=m_uncond)
+            s = factors[:, BOUND].copy_(self._threshold.bound(quantile))
+            torch.reciprocal(s, out=factors[:, INVERSE])
+        return torch.mul(line, factors.index_select(1, self._factor_of), out=self._row)

@@ -27,6 +27,7 @@ from .. import check
 from ..fused import apply_row
 from ..reference import stat as reference
 from ..rows import Out, Row, times
+from ..small import affine
 from ..stat import product, stat_row
 from . import network
 
@@ -216,7 +217,8 @@ class Outputs:
         if apg is not None:
             assert task.along is not None
             read = [task.along.data(stage.called_at) for stage in task.stages]
-            self._read = torch.tensor(read, dtype=torch.float64, device=task.device)
+            columns = [(a, b, 1.0 / b, -1.0 / b, 1.0) for a, b in read]
+            self._read = torch.tensor(columns, dtype=torch.float64, device=task.device)
             self._sum = torch.zeros_like(like) if apg.momentum else None
 
     def tensors(self) -> list[Tensor]:
@@ -278,31 +280,33 @@ class Outputs:
         sums = self._moments(row, m=m_c, m_uncond=m_u, h=(m_c,))
         # n times the variances; of the moments the squares are every second from there on.
         squares, size = sums[:, product(2, 0, 0) :: 2], max(math.prod(m_c.shape[1:]), 1)
-        spread, wanted = (squares - sums[:, :2].square() / size).clamp(min=0.0).unbind(1)
-        varies = spread > 1e-14 * squares[:, 0]
-        ratio = torch.where(varies, wanted / torch.where(varies, spread, 1.0), 1.0)
+        spread, wanted = torch.addcmul(squares, sums[:, :2], sums[:, :2], value=-1.0 / size).unbind(1)
+        rounding = affine(squares[:, 0], 1e-14, 1e-200)  # a spread no greater is 0 but for it
+        ratio = wanted / spread.maximum(rounding)
         # Of 0, where the conditional output is constant, the root has no finite derivative.
-        root = torch.where(ratio > 0.0, torch.where(ratio > 0.0, ratio, 1.0).sqrt(), 0.0)
-        return phi * root + (1.0 - phi)
+        factor = affine(ratio.clamp(min=1e-60).sqrt(), phi, 1.0 - phi)
+        return factor.masked_fill_(spread <= rounding, 1.0)
 
     def _projected(self, apg: APG, stage: Tensor, x: Tensor, m_c: Tensor, m_u: Tensor, w: Tensor) -> Tensor:
         """m' = m_c + c r - (1 - eta) c k y_c,  c = (w - 1) s / b, from the sums of r^2, r y_c and y_c^2."""
         assert self._read is not None
-        a, b = self._read.index_select(0, stage).unbind(1)
+        of_stage = self._read.index_select(0, stage).t()
+        a, b, inverse, minus_inverse, one = of_stage.unbind()
         minus_b, before = times(-1.0, b), () if self._sum is None else (self._sum,)
         momentum = (apg.momentum,) if before else ()
         rows = Row((Out(m=b, h=(minus_b, *momentum)), Out(x=a, m=b)))
         sums = self._moments(rows, x=x, m=m_c, h=(m_u, *before))
         r_r, r_y, y_y = sums[:, 2:].unbind(1)
-        c = (w - 1.0) / b
+        c = torch.addcmul(minus_inverse, w, inverse)
         if apg.norm != math.inf:
-            differs = r_r > 0.0
-            c = c * torch.where(differs, apg.norm / torch.where(differs, r_r, 1.0).sqrt(), 1.0).clamp(max=1.0)
-        along = (apg.eta - 1.0) * c * torch.where(y_y > 0.0, r_y / torch.where(y_y > 0.0, y_y, 1.0), 0.0)
+            # min(1, norm / |r|), finite where r is 0; 1e-100 has a square that is a number.
+            c = c * (r_r * max(apg.norm, 1e-100) ** -2.0).clamp(min=1.0).rsqrt()
+        k = r_y / y_y.clamp(min=1e-200)  # where y is 0, so is r y
+        along_a, along_b = (times(apg.eta - 1.0, along) for along in of_stage[:2] * (c * k))
         # m_u + (1 + c b) (m_c - m_u) is m_c + c b (m_c - m_u) without the difference of two large numbers.
-        outs = [Out(x=along * a, m=1.0, h=(along * b, *[beta * c for beta in momentum]))]
+        outs = [Out(x=along_a, m=1.0, h=(along_b, *[times(beta, c) for beta in momentum]))]
         h: tuple[Tensor, ...] = (m_c, *before)
-        guided = 1.0 + c * b
+        guided = torch.addcmul(one, c, b)
         if before:
             outs.append(Out(h=(b, apg.momentum, minus_b)))
             h = (*h, m_u)

@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import torch
+
 from .. import check
 from ..paths import Linear, Path
 
@@ -107,7 +109,7 @@ class Preconditioned:
         return (s * s + self.sigma_data**2) ** -0.5
 
     def c_noise(self, s: Any) -> Any:
-        return s.log() / 4.0 if check.is_tensor(s) else math.log(s) / 4.0
+        return torch.special.xlogy(0.25, s) if check.is_tensor(s) else math.log(s) / 4.0
 
     def data(self, t: float) -> Linear:
         return Linear(self.c_skip(t), self.c_out(t))

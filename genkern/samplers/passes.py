@@ -89,7 +89,7 @@ class Update:
                     threshold,
                     self._spec.row,
                     len(self._row.outs),
-                    task.dtype,
+                    self._outs[0],
                     *tabulated,
                 )
             if live is not None:
@@ -169,11 +169,10 @@ class Update:
         if h:
             tensors[FIRST_H : FIRST_H + len(h)] = h
         if self._by_sample is not None:
-            factors = self._by_sample.factors(x, m, m_uncond, rescale)
             if tensors[TABLE] is None:
-                tensors += self._by_sample.values(factors)
+                tensors += self._by_sample.values(x, m, m_uncond, rescale)
             else:
-                tensors[TABLE], tensors[INDEX] = self._by_sample.rows(factors), None
+                tensors[TABLE], tensors[INDEX] = self._by_sample.rows(x, m, m_uncond, rescale), None
         if self._text is None:
             functions.map_rows_out(self._spec, self._outs, *tensors)
         else:
