@@ -6,13 +6,16 @@ namespace GENKERN_ISA {
 namespace {
 
 template <typename Acc>
-void map_typed(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end) {
+void map_typed(const MapCpu& cpu, int64_t begin, int64_t end) {
+  const MapArgs& args = *cpu.args;
+  const Walk& walk = *cpu.walk;
   Plan plan;
   make_plan(args, walk, plan);
   Buffers<Acc> buffers;
   const auto write = [&](auto& pass, const Span& span, const Acc* cells, float* z) {
     set_inputs(args, plan, span, cells, z, buffers, pass);
-    for (int j = 0; j < args.n_out; ++j) pass.out[j] = operand(plan, span, kInputs + j, args.out[j], buffers.out[j]);
+    for (int j = 0; j < args.n_out; ++j)
+      pass.out[j] = target(plan, span, j, args.out[j], (cpu.streamed >> j & 1u) != 0, buffers.out[j]);
     apply<Acc>(pass, z != nullptr, span.count);
     for (int j = 0; j < args.n_out; ++j)
       if (!plan.dense[kInputs + j]) store(span, kInputs + j, args.out[j], buffers.out[j]);
@@ -30,12 +33,13 @@ void map_typed(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end
     for_each_block<Acc>(args, walk, plan, plan.block, begin, end, buffers.noise, of_block);
   };
   args.elementwise() ? each(elementwise) : each(body);
+  if (cpu.streamed != 0) end_streams();
 }
 
 }  // namespace
 
-void map_tasks(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end) {
-  args.f64 ? map_typed<double>(args, walk, begin, end) : map_typed<float>(args, walk, begin, end);
+void map_tasks(const MapCpu& args, int64_t begin, int64_t end) {
+  args.args->f64 ? map_typed<double>(args, begin, end) : map_typed<float>(args, begin, end);
 }
 
 }  // namespace GENKERN_ISA
