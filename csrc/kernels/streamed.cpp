@@ -2,11 +2,12 @@
 // where its formula has three. A streaming store writes the line to memory, unread, and whoever reads it next finds it
 // there. On two cores of an EPYC with 32 MiB of last cache, x and m to out in float32:
 //
-//   64 MiB an array       0.64 of the time of ordinary stores; 0.78 with a pass after it that reads the output
-//   8 MiB, 2 MiB          1.15 and 2.0, with that pass: all arrays would stay in the cache
+//   64 MiB an array       0.71 of the time of ordinary stores (AVX2: 0.77); 0.80 with a pass after it that reads out
+//   8 MiB, 2 MiB          1.18 and 2.1, with that pass: all arrays would stay in the cache
 //   out is x              no line is read for the store's sake: nothing to gain
-//   out is of new pages   1.06 to 1.15: the system has just zeroed each page by way of the cache
-//   noise is drawn        0.98 to 1.09: the draw is what takes the time, and ordinary stores wait beside it
+//   out is of new pages   1.07 to 1.17: the system has just zeroed each page by way of the cache
+//   noise is drawn        0.93 to 1.09: the draw is what takes the time, and ordinary stores wait beside it
+//   out has 16 bits       0.93 to 1.03: a vector is half a line, or a quarter
 #include "streamed.h"
 
 #include <sys/mman.h>
@@ -18,14 +19,13 @@ namespace genkern {
 namespace {
 
 int64_t bytes_of(const MapArgs& args, const Array& array) {
-  const int64_t size = array.dtype == DType::f64 ? 8 : array.dtype == DType::f32 ? 4 : array.dtype == DType::u8 ? 1 : 2;
-  int64_t bytes = array.data == nullptr ? 0 : size;
+  if (array.data == nullptr) return 0;
+  int64_t bytes = array.dtype == DType::f64 ? 8 : array.dtype == DType::f32 ? 4 : array.dtype == DType::u8 ? 1 : 2;
   for (int d = 0; d < args.ndim; ++d) bytes *= args.sizes[d];
   return bytes;
 }
 
-// Bytes of the cache that the cores share. (sysconf counts on some machines those of cores that are another guest's:
-// 320 MiB where there are 32.)
+// Bytes of the cache that the cores share. (glibc's sysconf says 320 MiB on a machine whose cores share 32.)
 int64_t last_cache() {
   static const int64_t bytes = [] {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
@@ -59,7 +59,7 @@ uint32_t streamed_outputs(const MapArgs& args) {
     const Array& out = args.out[j];
     bool is_input = false;
     for (const Array& array : args.in) is_input = is_input || array.data == out.data;
-    const bool whole = out.dtype == (args.f64 ? DType::f64 : DType::f32);  // 16 bits gain nothing: half a line a store
+    const bool whole = out.dtype == (args.f64 ? DType::f64 : DType::f32);  // vectors are stored as they are
     if (whole && !is_input && has_pages(args, out)) found |= 1u << j;
   }
   return found;
