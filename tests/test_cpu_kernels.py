@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,43 @@ def test_two_outputs_over_their_inputs_read_before_they_write(isa: str) -> None:
     expected = fused.apply_row(row, x=x, m=m)
     found = fused.apply_row(row, x=x, m=m, out=(x, m))
     assert found[0] is x and torch.equal(x, expected[0]) and torch.equal(m, expected[1])
+
+
+def last_cache() -> int:
+    """Bytes of the cache that the cores share, or what the kernels take it to be where Linux does not say."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(size.read_text().rstrip("K\n")) << 10 if size.exists() else 32 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_larger_than_the_cache_hold_the_bits_of_small_ones(isa: str, dtype: torch.dtype) -> None:
+    if last_cache() > 64 << 20:
+        pytest.skip(f"arrays larger than a cache of {last_cache() >> 20} MiB")
+    n = last_cache() // (2 * dtype.itemsize) + 4097
+    x = torch.arange(n, dtype=dtype).sin_()[None]
+    row = rows.Row((rows.Out(x=0.5), rows.Out(x=-2.0)))
+    buffers = [torch.full((n + 2,), 7.0, dtype=dtype) for _ in range(2)]
+    for first in range(3):  # the elements before and after are not the pass's; at 0 whole vectors are aligned
+        outs = [buffer[None, first : first + n] for buffer in buffers]
+        fused.apply_row(row, x=x, out=outs)
+        assert torch.equal(outs[0], 0.5 * x) and torch.equal(outs[1], -2.0 * x)
+        for buffer in buffers:
+            assert (buffer[:first] == 7.0).all() and (buffer[first + n :] == 7.0).all()
+            buffer.fill_(7.0)
+    kept = x.clone()
+    fused.apply_row(row, x=x, out=(x, buffers[1][None, :n]))  # one output streamed, the other its input
+    assert torch.equal(x, 0.5 * kept) and torch.equal(buffers[1][None, :n], -2.0 * kept)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_noise_alone_is_the_noise_of_a_row_with_other_terms(isa: str, uniform: bool) -> None:
+    for n in (1, 4, 10, 100, 8192, 8196, 16390, 16396):
+        buffer = torch.full((3, n + 5), 7.0)  # samples apart in memory
+        options = {"noise": NOISE, "uniform": uniform}
+        fused.apply_row(rows.Row((rows.Out(z=1.0),)), out=buffer[:, :n], size=(3, n), device=buffer.device, **options)
+        (expected,) = fused.apply_row(rows.Row((rows.Out(x=1.0, z=1.0),)), x=torch.zeros(3, n), **options)
+        assert torch.equal(buffer[:, :n], expected)
+        assert (buffer[:, n:] == 7.0).all()
 
 
 def channels_last(t: Tensor) -> Tensor:

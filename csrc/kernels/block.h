@@ -160,6 +160,14 @@ Operand operand(const Plan& plan, const Span& span, int k, const Array& array, A
   return {static_cast<char*>(array.data) + offset * size_of(array.dtype), array.dtype};
 }
 
+// Output j of a block; streamed: where it can be.
+template <typename Acc>
+Target target(const Plan& plan, const Span& span, int j, const Array& array, bool streamed, Acc* buffer) {
+  const Operand to = operand(plan, span, kInputs + j, array, buffer);
+  const bool aligned = reinterpret_cast<uintptr_t>(to.data) % kVectorBytes == 0;
+  return {to.data, to.dtype, streamed && plan.dense[kInputs + j] && aligned};
+}
+
 // The inputs of a block; its outputs are the caller's to set.
 template <typename Acc>
 void set_inputs(const MapArgs& args, const Plan& plan, const Span& span, const Acc* cells, float* z,

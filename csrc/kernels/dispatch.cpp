@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "rows.h"
+#include "streamed.h"
 
 namespace genkern {
 namespace {
@@ -41,8 +42,7 @@ std::atomic<const Isa*>& chosen() {
 }
 
 struct MapContext {
-  const MapArgs* args;
-  const Walk* walk;
+  MapCpu args;
   const Isa* isa;
 };
 
@@ -72,10 +72,10 @@ bool select_cpu_isa(const char* name) {
 void map_cpu(const MapArgs& args, const Parallel& parallel) {
   const Walk walk = make_walk(args, /*keep_samples=*/false);
   if (walk.batch == 0 || walk.n == 0) return;
-  MapContext context{&args, &walk, chosen_isa()};
+  MapContext context{{&args, &walk, streamed_outputs(args)}, chosen_isa()};
   parallel.run(walk.batch * chunks_per_sample(walk.n), grain(walk), &context, [](void* c, int64_t begin, int64_t end) {
     const auto* context = static_cast<const MapContext*>(c);
-    context->isa->map(*context->args, *context->walk, begin, end);
+    context->isa->map(context->args, begin, end);
   });
 }
 

@@ -12,6 +12,12 @@ constexpr int64_t kChunk = 8192;  // elements a task; the unit of a reduction's 
 
 static inline int64_t chunks_per_sample(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
+struct MapCpu {
+  const MapArgs* args;
+  const Walk* walk;
+  uint32_t streamed;  // streamed.h, by output
+};
+
 struct ReduceCpu {
   const ReduceArgs* args;
   const Walk* walk;
@@ -34,19 +40,19 @@ struct ValuesCpu {
 
 // Task k is chunk k % chunks of sample k / chunks.
 namespace scalar {
-void map_tasks(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end);
+void map_tasks(const MapCpu& args, int64_t begin, int64_t end);
 void reduce_tasks(const ReduceCpu& args, int64_t begin, int64_t end);
 void stat_tasks(const StatCpu& args, int64_t begin, int64_t end);
 void value_tasks(const ValuesCpu& args, int64_t begin, int64_t end);
 }  // namespace scalar
 namespace avx2 {
-void map_tasks(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end);
+void map_tasks(const MapCpu& args, int64_t begin, int64_t end);
 void reduce_tasks(const ReduceCpu& args, int64_t begin, int64_t end);
 void stat_tasks(const StatCpu& args, int64_t begin, int64_t end);
 void value_tasks(const ValuesCpu& args, int64_t begin, int64_t end);
 }  // namespace avx2
 namespace avx512 {
-void map_tasks(const MapArgs& args, const Walk& walk, int64_t begin, int64_t end);
+void map_tasks(const MapCpu& args, int64_t begin, int64_t end);
 void reduce_tasks(const ReduceCpu& args, int64_t begin, int64_t end);
 void stat_tasks(const StatCpu& args, int64_t begin, int64_t end);
 void value_tasks(const ValuesCpu& args, int64_t begin, int64_t end);
@@ -55,7 +61,7 @@ void value_tasks(const ValuesCpu& args, int64_t begin, int64_t end);
 // The kernels of one instruction set.
 struct Isa {
   const char* name;
-  void (*map)(const MapArgs&, const Walk&, int64_t, int64_t);
+  void (*map)(const MapCpu&, int64_t, int64_t);
   void (*reduce)(const ReduceCpu&, int64_t, int64_t);
   void (*stat)(const StatCpu&, int64_t, int64_t);
   void (*values)(const ValuesCpu&, int64_t, int64_t);

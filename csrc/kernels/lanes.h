@@ -186,6 +186,27 @@ GENKERN_HD void store_lanes(Vec<Acc> v, Element* to) {
   }
 }
 
+// The same past the caches, where the CPU has such stores; `to` is aligned to the vector. Other threads see them after
+// end_streams().
+template <typename Acc>
+GENKERN_HD void stream_lanes(Vec<Acc> v, Acc* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)to, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)to, (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)to, (__m128i)v);
+#else
+  std::memcpy(to, &v, sizeof v);
+#endif
+}
+
+GENKERN_HD void end_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace GENKERN_ISA
 }  // namespace genkern

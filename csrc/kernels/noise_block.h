@@ -14,6 +14,8 @@ typedef uint64_t Lanes __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kStage = 64;               // quads, or elements, a stage
 constexpr int kStep = kVectorBytes / 4;  // of them a step of Philox
+constexpr int kStepsAtOnce = 2;
+static_assert(kStage % (kStepsAtOnce * kStep) == 0, "a stage is whole steps");
 
 // The products of the low halves of lanes.
 inline Lanes multiply_low_halves(Lanes a, uint32_t b) {
@@ -38,16 +40,20 @@ inline Lanes join_low_halves(Lanes low, Lanes high) {
 #endif
 }
 
-// Word k of quad[i] into w[k][i], i < n rounded up to kStep: philox4x32_10 on the low halves of lanes, whose high
-// halves hold anything. Neighbouring quads are the halves of one lane in memory; the two vectors that they make advance
-// side by side, since a round is a chain of eight cycles.
+// Word k of quad[i] into w[k][i], i < n rounded up to whole steps: philox4x32_10 on the low halves of lanes, whose high
+// halves hold anything. Neighbouring quads are the halves of one lane in memory; the two vectors that they make, and
+// those of the next step, advance side by side, since a round is a chain of eight cycles: 0.88 of the time of one step
+// after the other with AVX-512, 0.95 with AVX2. (Four steps spill: 1.7 of it with AVX2.)
 inline void stage_words(const uint32_t* quad, int n, const PhiloxKey& first_key, uint32_t draw, uint64_t sample_id,
                         uint32_t (*w)[kStage]) {
-  for (int i = 0; i < n; i += kStep) {
-    Lanes c[4][2];
-    std::memcpy(&c[0][0], quad + i, sizeof(Lanes));
-    c[0][1] = c[0][0] >> 32;
-    for (int v = 0; v < 2; ++v) {
+  constexpr int kVectors = 2 * kStepsAtOnce;
+  for (int i = 0; i < n; i += kStepsAtOnce * kStep) {
+    Lanes c[4][kVectors];
+    for (int v = 0; v < kVectors; v += 2) {
+      std::memcpy(&c[0][v], quad + i + v / 2 * kStep, sizeof(Lanes));
+      c[0][v + 1] = c[0][v] >> 32;
+    }
+    for (int v = 0; v < kVectors; ++v) {
       c[1][v] = Lanes{} + draw;
       c[2][v] = Lanes{} + (sample_id & 0xffffffffu);
       c[3][v] = Lanes{} + (sample_id >> 32);
@@ -55,7 +61,8 @@ inline void stage_words(const uint32_t* quad, int n, const PhiloxKey& first_key,
     PhiloxKey key = first_key;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
         const Lanes p0 = multiply_low_halves(c[0][v], kPhiloxM0);
         const Lanes p1 = multiply_low_halves(c[2][v], kPhiloxM1);
         c[0][v] = (p1 >> 32) ^ (c[1][v] ^ key.k0);
@@ -67,8 +74,10 @@ inline void stage_words(const uint32_t* quad, int n, const PhiloxKey& first_key,
       key.k1 += kPhiloxW1;
     }
     for (int k = 0; k < 4; ++k) {
-      const Lanes both = join_low_halves(c[k][0], c[k][1]);
-      std::memcpy(w[k] + i, &both, sizeof both);
+      for (int v = 0; v < kVectors; v += 2) {
+        const Lanes both = join_low_halves(c[k][v], c[k][v + 1]);
+        std::memcpy(w[k] + i + v / 2 * kStep, &both, sizeof both);
+      }
     }
   }
 }

@@ -170,14 +170,16 @@ inline void draw_tiles(const Walk& walk, const NoiseTiles& tiles, int64_t begin,
   }
 }
 
+// Quads [first, first + count) of a sample.
+inline void draw_quads(const SampleNoise& noise, uint64_t first, int count, float* to) {
+  const auto fill = noise.kind == Draw::normal ? fill_normals : fill_uniforms;
+  fill(to, first, count, noise.key, noise.draw, noise.sample_id);
+}
+
 // Elements [begin, begin + count) of the walk, count <= kBlock, to buffers.chunk(). begin is a multiple of kBlock.
 inline void draw_run(const Walk& walk, bool c_order, int64_t begin, int count, const SampleNoise& noise,
                      NoiseBuffers& buffers) {
-  if (c_order) {
-    const auto fill = noise.kind == Draw::normal ? fill_normals : fill_uniforms;
-    fill(buffers.chunk(), static_cast<uint64_t>(begin) / 4, (count + 3) / 4, noise.key, noise.draw, noise.sample_id);
-    return;
-  }
+  if (c_order) return draw_quads(noise, static_cast<uint64_t>(begin) / 4, (count + 3) / 4, buffers.chunk());
   for (int i = 0; i < count; ++i)
     buffers.index[i] = static_cast<uint64_t>(offset_of(walk, kIndex, walk.ndim, begin + i));
   const auto pick = noise.kind == Draw::normal ? normals_at : uniforms_at;

@@ -57,7 +57,7 @@ void reduce_typed(const ReduceCpu& task_args, int64_t begin, int64_t end) {
     RowPass<Acc> pass;
     set_inputs(map, plan, span, cells, z, buffers, pass);
     Acc* r = buffers.out[0];
-    pass.out[0] = {r, dtype_of<Acc>()};
+    pass.out[0] = {r, dtype_of<Acc>(), false};
     apply<Acc>(pass, z != nullptr, span.count);
     double sum, elements = span.count;
     if (map.in[kMask].data != nullptr) {

@@ -16,7 +16,7 @@ void for_each_output(const MapArgs& map, const Walk& walk, int64_t begin, int64_
   const auto with_row = [&](int64_t task, const Span& span, const Acc* cells, float*) {
     RowPass<Acc> pass;
     set_inputs<Acc>(map, plan, span, cells, nullptr, buffers, pass);
-    for (int j = 0; j < map.n_out; ++j) pass.out[j] = {buffers.out[j], dtype_of<Acc>()};
+    for (int j = 0; j < map.n_out; ++j) pass.out[j] = {buffers.out[j], dtype_of<Acc>(), false};
     apply<Acc>(pass, false, span.count);
     body(task, span, buffers);
   };
