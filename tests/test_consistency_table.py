@@ -88,3 +88,15 @@ def test_the_page_of_this_repository_has_the_markers():
     for name in tasks.TASKS:
         begin, end = table.marks(name)
         assert text.count(begin) == text.count(end) == 1
+
+
+def test_a_way_that_was_kept_is_read_again_and_not_for_other_arguments(tmp_path):
+    way, other = ways.WAYS[0], ways.WAYS[1]
+    found = {"arguments": {"steps": 6, "seeds": [0, 1]}, "seconds": 1.5, "rows": [], "drawn": {1: torch.ones(2, 3)}}
+    table.write(tmp_path / "new", way, found)
+    again = table.read(tmp_path / "new", way, {"steps": 6, "seeds": [0, 1]})
+    assert again["seconds"] == 1.5 and torch.equal(again["drawn"][1], found["drawn"][1])
+    assert table.read(tmp_path / "new", other, {"steps": 6, "seeds": [0, 1]}) is None
+    assert table.read(None, way, {}) is None
+    with pytest.raises(SystemExit, match="is of a run with .*6.* not .*7"):
+        table.read(tmp_path / "new", way, {"steps": 7, "seeds": [0, 1]})

@@ -1,8 +1,12 @@
 """Trains one network in every way of few calls, and writes docs/consistency.md's tables and pictures.
 
     python tools/consistency_table.py --data digits|patches [--device auto] [--quick]
+    python tools/consistency_table.py --data patches --work FOLDER --way "teacher (EDM), Heun"
+    python tools/consistency_table.py --data patches --work FOLDER --way CT --way "CD, L1"   beside others
+    python tools/consistency_table.py --data patches --work FOLDER                           what is left, and the page
 
-consistency_tasks.py has the data and their judges, consistency_ways.py the ways. It writes
+consistency_tasks.py has the data and their judges, consistency_ways.py the ways. A way's seed is its own: the same
+network comes of it in any order. With --work a run that was cut off goes on, and several train side by side. It writes
 
     benchmarks/consistency/DATA-MACHINE.json     every figure, after each way: a run that is cut off leaves what it has
     docs/images/consistency_DATA.png             samples, and quality against network calls
@@ -164,7 +168,7 @@ def section(result: dict[str, Any]) -> str:
         "",
         f"{facts['name']}, torch {facts['versions']['torch']}, {facts['date'][:10]}, revision {facts['revision']}.",
         f"{a['steps']} steps of {a['batch']} images ({a['teacher_steps']} of the teacher), {a['samples']} samples a",
-        f"seed, {len(a['seeds'])} seeds.",
+        f"seed, {len(a['seeds'])} seeds." + f" {a['together']} trained side by side." * (a.get("together", 1) > 1),
         "",
         f"| training | s | calls | {' | '.join(names)} |",
         f"|---|---:|---:|{'---:|' * len(names)}",
@@ -198,12 +202,39 @@ def rewrite(result: dict[str, Any], page: Path) -> None:
     page.write_text(f"{before}{begin}\n{section(result)}{end}{after}", encoding="utf-8")
 
 
+def _file(work: Path, way: Way) -> Path:
+    return work / f"{''.join(c if c.isalnum() else '-' for c in way.name)}.pt"
+
+
+def read(work: Path | None, way: Way, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """What write() kept of a way, or None. Exits where it was kept by a run of other arguments."""
+    if work is None or not _file(work, way).exists():
+        return None
+    found: dict[str, Any] = torch.load(_file(work, way), weights_only=True)
+    if found["arguments"] != arguments:
+        sys.exit(f"{_file(work, way)}: is of a run with {found['arguments']}, not {arguments}")
+    return found
+
+
+def write(work: Path | None, way: Way, found: dict[str, Any]) -> None:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        beside = _file(work, way).with_suffix(".new")
+        torch.save(found, beside)
+        beside.replace(_file(work, way))
+
+
 def main(
     data: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "digits",
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Of every student; default by the data.")] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="Of the teacher; default by the data.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = BATCH,
+    work: Annotated[
+        Path | None, typer.Option(help="A folder that keeps every way once trained, to go on from.")
+    ] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Train this one alone; several times for several.")] = None,
+    together: Annotated[int, typer.Option(help="How many processes train side by side; the page says it.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; writes under --out alone.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the JSON.")] = RESULTS,
     page_of: Annotated[Path | None, typer.Option(help="Train nothing: the page's table from this JSON.")] = None,
@@ -213,6 +244,11 @@ def main(
         return rewrite(json.loads(page_of.read_text(encoding="utf-8")), PAGE)
     if data not in TASKS:
         sys.exit(f"--data: expected one of {', '.join(TASKS)}, got {data!r}")
+    unknown = set(way or ()) - {of.name for of in (TEACHER, *WAYS)}
+    if unknown:
+        sys.exit(f"--way: expected some of {[of.name for of in (TEACHER, *WAYS)]}, got {min(unknown)!r}")
+    if way and work is None:
+        sys.exit("--way: expected --work beside it, got none")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     samples, seeds = (QUICK_SAMPLES, QUICK_SEEDS) if quick else (SAMPLES, SEEDS)
     usual = (QUICK_STEPS, QUICK_STEPS) if quick else BUDGETS[data]
@@ -226,7 +262,7 @@ def main(
     result: dict[str, Any] = {
         "machine": machine.describe(where),
         "arguments": {"data": data, "steps": steps, "teacher_steps": teacher_steps, "batch": batch,
-                      "samples": samples, "seeds": list(seeds), "quick": quick},
+                      "samples": samples, "seeds": list(seeds), "quick": quick, "together": together},
         "floor": task.judge.floor(SEED), "ceiling": task.judge.assess(noise),
         "seconds": {}, "rows": [], "self_consistency": {"times": [], "ways": {}},
     }  # fmt: skip
@@ -235,21 +271,39 @@ def main(
     kept: dict[tuple[str, int], Tensor] = {}
     trajectory, times = torch.empty(0), list[float]()
     print(f"{data} on {result['machine']['name']}: ready after {time.perf_counter() - begin:.0f} s", flush=True)
-    for number, way in enumerate((TEACHER, *WAYS)):
-        net, result["seconds"][way.name] = trained(run, way, number)
-        if way is TEACHER:
+    for number, of in enumerate((TEACHER, *WAYS)):
+        torch.manual_seed(SEED + number)
+        found = read(work, of, result["arguments"])
+        if found is None and way and of.name not in way and of is not TEACHER:
+            continue
+        net = of.start(run) if found is None or of is TEACHER else None
+        if found is None:
+            assert net is not None
+            net, seconds = trained(run, of, number, net)
+            rows, drawn = judged(run, of, net, samples, seeds)
+            found = {"arguments": result["arguments"], "seconds": seconds, "rows": rows, "drawn": drawn}
+            if of.function:
+                found["self_consistency"] = self_consistency(run, net, trajectory, times)
+            write(work, of, found | ({"network": net.state_dict()} if of is TEACHER else {}))
+        elif net is not None:
+            net.load_state_dict(found["network"])
+            net.eval()
+        if of is TEACHER:
             run.teacher = net
             shape = (QUICK_SAMPLES if quick else TRAJECTORIES, *task.shape)
             walked = QUICK_STEPS if quick else TRAJECTORY_STEPS
             options = {"steps": walked, "seed": len(SEEDS) << 16, "return_trajectory": True}
             _, trajectory = run.consistency.sample_ode(net, shape, **options)
             times = result["self_consistency"]["times"] = run.consistency.times(walked + 1)[::-1].tolist()
-        rows, drawn = judged(run, way, net, samples, seeds)
-        result["rows"] += rows
-        kept |= {(way.name, calls): images for calls, images in drawn.items()}
-        if way.function:
-            result["self_consistency"]["ways"][way.name] = self_consistency(run, net, trajectory, times)
+        result["seconds"][of.name] = found["seconds"]
+        result["rows"] += found["rows"]
+        kept |= {(of.name, calls): images for calls, images in found["drawn"].items()}
+        if "self_consistency" in found:
+            result["self_consistency"]["ways"][of.name] = found["self_consistency"]
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    missing = [of.name for of in WAYS if of.name not in result["seconds"]]
+    if missing:
+        return print(f"left: {', '.join(missing)}; {path}")
     images = out if quick else IMAGES
     picture(task, result, kept, images / f"consistency_{data}.png")
     picture_self(result, images / f"consistency_{data}_self.png")

@@ -95,13 +95,12 @@ class Way:
     function: bool = False
 
 
-def trained(run: Run, way: Way, number: int) -> tuple[nn.Module, float]:
+def trained(run: Run, way: Way, number: int, net: nn.Module) -> tuple[nn.Module, float]:
     """The running average of a network after its training, and the training's seconds.
 
     number: of the way: of which the noise and the order of the batches are a function.
     """
     images, steps = run.task.images, run.teacher_steps if run.teacher is None else run.steps
-    net = way.start(run)
     average, target = EMA(net, AVERAGE), EMA(net, 0.0)
 
     def loss(index: Tensor, step: int) -> Tensor:
