@@ -161,14 +161,14 @@ def picture_self(result: dict[str, Any], path: Path) -> None:
 def section(result: dict[str, Any]) -> str:
     """The table of a data set."""
     a, facts = result["arguments"], result["machine"]
-    names = list(result["rows"][0]["figures"])
+    names, together = list(result["rows"][0]["figures"]), a.get("together", 1)
     options = "".join(f" --{name.replace('_', '-')} {a[name]}" for name in ("data", "steps", "teacher_steps", "batch"))
     lines = [
         f"    python tools/consistency_table.py{options}",
         "",
         f"{facts['name']}, torch {facts['versions']['torch']}, {facts['date'][:10]}, revision {facts['revision']}.",
         f"{a['steps']} steps of {a['batch']} images ({a['teacher_steps']} of the teacher), {a['samples']} samples a",
-        f"seed, {len(a['seeds'])} seeds." + f" {a['together']} trained side by side." * (a.get("together", 1) > 1),
+        f"seed, {len(a['seeds'])} seeds." + f" {together} trained side by side." * (together > 1),
         "",
         f"| training | s | calls | {' | '.join(names)} |",
         f"|---|---:|---:|{'---:|' * len(names)}",
@@ -230,9 +230,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Of every student; default by the data.")] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="Of the teacher; default by the data.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = BATCH,
-    work: Annotated[
-        Path | None, typer.Option(help="A folder that keeps every way once trained, to go on from.")
-    ] = None,
+    work: Annotated[Path | None, typer.Option(help="A folder that keeps what is trained, to go on from.")] = None,
     way: Annotated[list[str] | None, typer.Option(help="Train this one alone; several times for several.")] = None,
     together: Annotated[int, typer.Option(help="How many processes train side by side; the page says it.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; writes under --out alone.")] = False,
