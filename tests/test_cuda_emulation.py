@@ -57,7 +57,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = build / f"{kernel}_{isa}.o"
             jobs.append([*FLAGS, *flags, f"-DGENKERN_ISA={isa}", "-c", str(source), "-o", str(target)])
     jobs += [
-        [*FLAGS, "-c", str(source), "-o", str(build / f"{source.stem}.o")] for source in KERNELS.glob("*dispatch.cpp")
+        [*FLAGS, "-c", str(source), "-o", str(build / f"{source.stem}.o")]
+        for source in (*KERNELS.glob("*dispatch.cpp"), KERNELS / "streamed.cpp")
     ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: subprocess.run(["g++", *job], check=True), jobs))
