@@ -102,6 +102,14 @@ struct MapArgs {
   RowSource rows;
 
   bool elementwise() const { return in[kV].data != nullptr || in[kKnownData].data != nullptr; }
+
+  // Whether x is scaled where it lies, by numbers of samples: a gradient, mostly by 1, where there is nothing to do.
+  bool scales_in_place() const {
+    for (int k = 0; k < kInputs; ++k)
+      if ((in[k].data != nullptr) != (k == kX)) return false;
+    const bool one = rows.by_sample() && n_out == 1 && !use_pred && noise.draw_kind == Draw::none;
+    return one && in[kX].data == out[0].data && in[kX].dtype == out[0].dtype;
+  }
 };
 
 // The written residual times scale * weight[b], and m's coefficient, is the gradient of a loss already.

@@ -218,17 +218,11 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
 // tree of a sum is the same on every device.
 constexpr int64_t kManyBlocks = 4096;
 
-// A gradient scaled where it lies: blocks that find 1 for a scale are done.
-inline bool scales_in_place(const MapArgs& args) {
-  return args.rows.by_sample() && args.in[kX].data == args.out[0].data && args.in[kX].dtype == args.out[0].dtype &&
-         terms_of(args, 0) == terms(1, X);
-}
-
-// Chunks that a block gains by: a formula is evaluated once a block; normals of halves are bound by arithmetic, of
-// which the keys of the rounds are a part; elsewhere short blocks keep the memory busier than long ones.
+// Chunks that a block gains by: where a scale is 1 blocks have nothing to do; a formula is evaluated once a block;
+// normals of halves are bound by arithmetic, of which the keys of the rounds are a part; elsewhere short blocks keep
+// the memory busier than long ones.
 inline int most_chunks(const MapArgs& args, int vec) {
-  if (scales_in_place(args)) return 16;
-  if (args.rows.formula != Formula::none) return 16;
+  if (args.scales_in_place() || args.rows.formula != Formula::none) return 16;
   return args.noise.draw_kind == Draw::none ? 1 : vec == 8 ? 8 : 2;
 }
 

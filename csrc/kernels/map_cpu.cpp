@@ -42,7 +42,9 @@ void map_typed(const MapCpu& cpu, int64_t begin, int64_t end) {
     for (int j = 0; j < args.n_out; ++j)
       if (!plan.dense[kInputs + j]) store(span, kInputs + j, args.out[j], buffers.out[j]);
   };
+  const bool scales = args.scales_in_place();
   const auto body = [&](int64_t, const Span& span, const Acc* cells, float* z) {
+    if (scales && cells[kFirstOut + kOutX] == Acc(1)) return;
     RowPass<Acc> pass;
     write(pass, span, cells, z);
   };
