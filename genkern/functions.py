@@ -404,7 +404,8 @@ class _EagerReduce(torch.autograd.Function):
 
 class _EagerLoss(torch.autograd.Function):
     """The same of a reduction summed over the batch; ctx.call[3] is what is left of the sum's factor, the rest of which
-    the residual has (all but in float16). The residual, which no one sees, is what ties a gradient to the inputs
+    the residual has (all but in float16), as it has m's coefficient, 1 in the numbers then, where m alone wants a
+    gradient. The residual, which no one sees, is what ties a gradient to the inputs
     (_Once): the loss itself may be changed in place."""
 
     @staticmethod

@@ -39,9 +39,6 @@ class _SampleLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # a second derivative is refused by reduce, whose sums these are (functions._Once)
-            with torch.no_grad():
-                return _SampleLosses.backward(ctx, grad)
         weight, divisor = ctx.saved_tensors
         if weight is not None:
             grad = grad * weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import check
@@ -62,3 +63,29 @@ def of_first(find: Callable[[], T], device: torch.device | None = None) -> T:
     group.broadcast_object_list(found, src=0, device=device if device is not None and device.type == "cuda" else None)
     answer: T = found[0]
     return answer
+
+
+@contextlib.contextmanager
+def all_or_none(name: str, device: torch.device) -> Iterator[None]:
+    """A block that fails in every process of the group where it fails in one, so that none waits for the others.
+
+    name: what failed, in the message of those that did not.   device: as of barrier().
+
+    Raises:
+        ValueError: the block failed in another process. What it raised itself, where it failed in this one.
+    """
+    own: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    group = distributed()
+    if group is not None:
+        import torch
+
+        failed = torch.tensor(float(own is not None), device=device)
+        group.all_reduce(failed)
+        if own is None and failed.item() > 0.0:
+            raise ValueError(f"{name}: expected what every process can take, it failed in another one")
+    if own is not None:
+        raise own

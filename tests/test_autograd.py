@@ -398,3 +398,14 @@ def test_the_raw_op_does_not_lose_a_gradient_without_a_word(kernels: None) -> No
     else:
         with pytest.raises(RuntimeError, match="does not require grad"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "pseudo_huber"}, {"reduction": "none"}, {"weight": torch.ones(4)}], ids=str
+)
+def test_a_second_derivative_above_the_loss_is_not_cut_off(options):
+    m, scale = torch.randn(4, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    loss = scale * gk.ops.path_loss(m, torch.randn(4, 3), noise=gk.Noise(1), **options).sum()
+    (g,) = torch.autograd.grad(loss, m, create_graph=True)
+    with pytest.raises(RuntimeError, match="path_loss: expected one derivative, got a second one"):
+        torch.autograd.grad(g.square().sum() + scale, scale)

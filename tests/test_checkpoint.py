@@ -264,3 +264,12 @@ def test_no_checkpoint_is_written_where_none_is_asked_for(tmp_path):
     cut(FLOW.reflow, Net(), tmp_path, SHAPE, fit={**FIT, "checkpoint_every": 0}, **PAIRS)
     assert not list(tmp_path.rglob("training.safetensors"))
     assert training.Checkpoint is Checkpoint
+
+
+def test_a_path_that_is_no_file_and_a_network_without_parameters_are_named(tmp_path):
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(ValueError, match=re.escape(f"checkpoint: expected a file, got {tmp_path}: ")):
+        Checkpoint(tmp_path, {}, network=net).restore(optimizer, 5)
+    with pytest.raises(ValueError, match="network: expected parameters, got none"):
+        Checkpoint(tmp_path / "c", {}, network=nn.Identity())

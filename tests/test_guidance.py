@@ -186,6 +186,21 @@ def test_rescale_of_one_gives_the_conditional_standard_deviation():
     torch.testing.assert_close(std(x - x0), std(seen[0][5:]))
 
 
+def test_gradients_of_a_guided_output_that_is_zero_are_finite():
+    weight = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    x0 = torch.randn(2, 3, 4, dtype=F64)
+
+    def model(x, t, c):
+        return weight * x * (1.0 + c.reshape(-1, 1, 1))  # m_u = 2 m_c, and 2 m_c - m_u = 0
+
+    found = gk.FlowMatching().sample(
+        model, x0=x0, steps=1, cond={"c": torch.zeros(2, dtype=F64)}, uncond={"c": torch.ones(2, dtype=F64)},
+        guidance_scale=2.0, guidance_rescale=0.7, differentiable=True, dtype=F64,
+    )  # fmt: skip
+    (g,) = torch.autograd.grad(found.sum(), weight)
+    assert found.isfinite().all() and g.isfinite()
+
+
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_samples_without_spread_are_not_rescaled(differentiable):
     x0 = torch.full((5, 3, 41), 0.1, requires_grad=differentiable)

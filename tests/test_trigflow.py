@@ -103,6 +103,30 @@ FORWARD_MODE = pytest.mark.parametrize("loss", [gk.TrigFlow().loss, gk.MeanFlow(
 
 
 @FORWARD_MODE
+def test_a_compiled_network_that_was_called_without_gradients_keeps_its_derivative(loss):
+    torch._dynamo.reset()
+    net, x, t = Simple(), torch.randn(SHAPE, dtype=F64), torch.rand(len(SHAPE) * 3, dtype=F64)
+    expected = loss(net, x, noise=Noise(3))
+    compiled = torch.compile(net, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x, t)
+        compiled(x, t, r=t)
+    found = loss(compiled, x, noise=Noise(3))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found, net), gradient(expected, net))
+    torch._dynamo.reset()
+
+
+@FORWARD_MODE
+def test_a_loss_in_inference_mode_is_that_without_gradients(loss):
+    net, x = Simple(), torch.randn(SHAPE, dtype=F64)
+    with torch.no_grad():
+        expected = loss(net, x, noise=Noise(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(net, x, noise=Noise(3)), expected)
+
+
+@FORWARD_MODE
 def test_derivative_along_the_trajectory_is_the_same_under_transforms_and_compiled(loss):
     torch._dynamo.reset()
     net, x = Simple(), torch.randn(SHAPE, dtype=F64)

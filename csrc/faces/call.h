@@ -220,6 +220,7 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
     expect_device(value, like, "values");
     const bool of_path = cell >= kMaxCells && cell < kAllCells;
     expect(of_path ? formula : cell >= 0 && cell < n_cells, "cells: ", cell, " is no cell of this row");
+    for (int32_t l = 0; l < k; ++l) expect(call.cells[l] != cell, "cells: expected each once, got ", cell, " twice");
     expect(n == 1 || n == batch, "values: expected 1 or ", batch, " elements, got ", n);
     const DType dtype = floating(value, "values");
     expect((dtype == DType::f32 || dtype == DType::f64) && value.contiguous(),

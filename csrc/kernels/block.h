@@ -160,11 +160,11 @@ Operand operand(const Plan& plan, const Span& span, int k, const Array& array, A
   return {static_cast<char*>(array.data) + offset * size_of(array.dtype), array.dtype};
 }
 
-// Output j of a block; streamed: where it can be.
+// Output j of a block; streamed: where its lines are whole, so that none is partly streamed and partly stored.
 template <typename Acc>
 Target target(const Plan& plan, const Span& span, int j, const Array& array, bool streamed, Acc* buffer) {
   const Operand to = operand(plan, span, kInputs + j, array, buffer);
-  const bool aligned = reinterpret_cast<uintptr_t>(to.data) % kVectorBytes == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(to.data) % 64 == 0;
   return {to.data, to.dtype, streamed && plan.dense[kInputs + j] && aligned};
 }
 

@@ -2,21 +2,17 @@
 //
 // The general kernels (Any) ask the pass: which terms it has and of what types are uniform branches at run time, so
 // that one of them serves every pass. A branch holds a warp back for tens of cycles before its next load is issued, and
-// room for every term and type fills the registers: half of the memory's rate, a third in 16 bits. Passes of the usual
-// types in whole vectors have kernels that ask for the terms alone (Typed); those that samplers and losses are made of
-// (kMapTerms, kReduceTerms) are compiled with their terms fixed as well (Known), from the same source.
+// room for every term and type fills the registers: up to half of the memory's rate, in 16 bits more. Passes of the
+// usual types in whole vectors have kernels that ask for the terms alone (Typed); those that samplers and losses are
+// made of (kMapTerms, kReduceTerms) are compiled with their terms fixed as well (Known), from the same source.
 #pragma once
 
 #include <cstddef>
 
-#include "kernels.h"
+#include "rows.h"
 
 namespace genkern {
 namespace {
-
-__host__ __device__ constexpr int size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
-}
 
 // Terms of a known pass: the inputs that are given, by number; normals drawn; data predicted; whether its output is a
 // residual; outputs.

@@ -6,8 +6,8 @@
 //   out_j = r_j + mask (p_j known + q_j z - r_j)                 where the output is blended, else r_j
 //
 // map applies a row of coefficients; reduce applies one with one output, the residual r, writes
-// scale * weight[b] * mask * r (with sign(r) for absolute values), sums mask * rho(r) over each sample, and those over
-// the batch.
+// scale * weight[b] * mask * r (with sign(r) for absolute values), times m's coefficient where asked for, sums
+// mask * rho(r) over each sample, and those over the batch.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// reduce on the CPU: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values) is written,
-// and mask * rho(r) summed over each chunk.
+// reduce on the CPU: r = row(x, m, ...); scale * weight[b] * mask * r (with sign(r) for absolute values), times m's
+// coefficient where asked for, is written, and mask * rho(r) summed over each chunk.
 //
 // Blocks and chunks are added in order in double, so that the sums depend neither on the instruction set nor on the
 // number of threads.

@@ -2,8 +2,8 @@
 // coefficient where asked for, is written; sums of mask * rho(r) and of the mask, a sample; and the weighted sum over
 // the batch.
 //
-// No atomics: each block sums its chunks in a fixed tree; then one block a sample sums the blocks, or, over the batch,
-// one block all of them, or as many as are worth it and then one. The same bits each run.
+// No atomics: each block sums its chunks in a fixed tree; then a block sums the blocks of some samples, or, over the
+// batch, one block all of them, or as many as are worth it and then one. The same bits each run.
 #include "launch_cuda.cuh"
 
 namespace genkern {

@@ -257,15 +257,6 @@ void apply_whole(const RowPass<Acc>& p, bool drawn, int64_t count) {
   apply_shape<Acc, AnyType<Acc>>(p, count);
 }
 
-inline int size_of(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return 4;
-    case DType::f64: return 8;
-    case DType::u8: return 1;
-    default: return 2;
-  }
-}
-
 // Of any types: passes with elementwise coefficients are too few for loops of their own.
 template <typename Acc>
 void apply_whole(const ElementwisePass<Acc>& p, bool, int64_t count) {

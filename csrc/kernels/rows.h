@@ -16,6 +16,10 @@
 namespace genkern {
 namespace {
 
+GENKERN_HD constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
+
 GENKERN_HD double read_value(const Value& v, int64_t b) {
   const int64_t i = b * v.stride;
   const double value = v.dtype == DType::f64 ? static_cast<const double*>(v.data)[i]

@@ -15,12 +15,14 @@
 
 #include <fstream>
 
+#include "rows.h"
+
 namespace genkern {
 namespace {
 
 int64_t bytes_of(const MapArgs& args, const Array& array) {
   if (array.data == nullptr) return 0;
-  int64_t bytes = array.dtype == DType::f64 ? 8 : array.dtype == DType::f32 ? 4 : array.dtype == DType::u8 ? 1 : 2;
+  int64_t bytes = size_of(array.dtype);
   for (int d = 0; d < args.ndim; ++d) bytes *= args.sizes[d];
   return bytes;
 }
@@ -39,8 +41,7 @@ int64_t last_cache() {
 bool has_pages(const MapArgs& args, const Array& array) {
   int64_t last = 0;
   for (int d = 0; d < args.ndim; ++d) last += (args.sizes[d] - 1) * array.strides[d];
-  const int64_t size = array.dtype == DType::f64 ? 8 : 4;
-  const auto at = reinterpret_cast<uintptr_t>(array.data) + static_cast<uintptr_t>(last * size);
+  const auto at = reinterpret_cast<uintptr_t>(array.data) + static_cast<uintptr_t>(last * size_of(array.dtype));
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char found = 0;
   return mincore(reinterpret_cast<void*>(at / page * page), 1, &found) == 0 && (found & 1) != 0;

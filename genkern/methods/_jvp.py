@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ def along(
 
     A module that is wrapped for several processes is looked into: its own forward would begin a synchronisation of
     gradients that never come. The gradient is that of a plain call after this one, which the wrapper sees, and which
-    draws the same dropout.
+    draws the same dropout. Buffers that a network writes in its forward are written by both calls.
 
     Args:
         x, t: the network's input.  [B, ...], [B].
@@ -39,12 +41,20 @@ def along(
     def call(x: Tensor, t: Tensor) -> Tensor:
         return network.call(inner, x, t, {**batch.cond, **extra}, name)
 
+    # Dual tensors are what torch.func.jvp makes, without a transform around every operation: less for the host. Inside
+    # another transform, and without autograd's dispatch (inference mode), they would have no tangents.
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     with torch.no_grad(), drawn_again(inner, x.device):
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if transformed or torch.is_inference_mode_enabled():
             value, tangent, *_ = torch.func.jvp(call, (x, t), (dx, dt))
-        else:  # the same, without a transform around every operation
-            with forward_ad.dual_level():
+        else:
+            with _uncompiled(), forward_ad.dual_level():
                 found = call(forward_ad.make_dual(x, dx), forward_ad.make_dual(t, dt))
                 value, tangent = forward_ad.unpack_dual(found)
     tangent = torch.zeros_like(value) if tangent is None else tangent  # of a network that looks at neither
     return network.at_most(value, batch.x.dtype), network.at_most(tangent, batch.x.dtype)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled networks run as they were written: a graph that was compiled without gradients drops tangents."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

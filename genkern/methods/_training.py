@@ -151,8 +151,7 @@ class Batch:
     @staticmethod
     def index_at(u: Tensor, count: int) -> Tensor:
         """floor(u count), int64 [B], at numbers u in (0, 1)."""
-        # The product with count itself may be rounded to count; that with a float32 below it is not.
-        return (u * (count * (1.0 - 2.0**-23))).long()
+        return (u * count).long().clamp_(max=count - 1)  # the product may be rounded to count
 
     def given_index(self, name: str, value: Any, count: int) -> Tensor:
         """Integers of 0 .. count-1 given by the caller, as int64 [B]."""

@@ -281,7 +281,7 @@ class Outputs:
         # n times the variances; of the moments the squares are every second from there on.
         squares, size = sums[:, product(2, 0, 0) :: 2], max(math.prod(m_c.shape[1:]), 1)
         spread, wanted = torch.addcmul(squares, sums[:, :2], sums[:, :2], value=-1.0 / size).unbind(1)
-        rounding = affine(squares[:, 0], 1e-14, 1e-200)  # a spread no greater is 0 but for it
+        rounding = affine(squares[:, 0], 1e-14, 1e-100)  # a spread no greater is 0 but for it
         ratio = wanted / spread.maximum(rounding)
         # Of 0, where the conditional output is constant, the root has no finite derivative.
         factor = affine(ratio.clamp(min=1e-60).sqrt(), phi, 1.0 - phi)

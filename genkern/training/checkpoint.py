@@ -45,7 +45,7 @@ class Checkpoint:
             the device.
 
     Raises:
-        ValueError: every < 1. ImportError: safetensors is not installed.
+        ValueError: every < 1; a network without parameters. ImportError: safetensors is not installed.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class Checkpoint:
         self.path, self.every = pathlib.Path(path), check.integer("every", every, 1)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they will be read
         self._network, self._average = network, average
-        self._device = next(network.parameters()).device
+        first = next(network.parameters(), None)
+        if first is None:
+            raise ValueError("network: expected parameters, got none")
+        self._device = first.device
 
     def due(self, done: int, steps: int) -> bool:
         """Whether the state is written after so many steps of all."""
@@ -87,11 +90,19 @@ class Checkpoint:
             The losses of the steps that are done, on the network's device: as many as there were.
 
         Raises:
-            ValueError: a file of other settings, which are named, of other tensors, or of more steps; one of several
-                processes does not see it. Then nothing is changed.
+            ValueError: a file of other settings, which are named, of other tensors, or of more steps; one that cannot
+                be read, or that one of several processes does not see. Then nothing is changed in any of them.
         """
-        there = ranks.of_first(self._there, self._device)
+        there, trouble = ranks.of_first(self._there, self._device)
+        if trouble:
+            raise ValueError(f"checkpoint: expected a file, got {self.path}: {trouble}")
         if there is None:
+            if self.path.exists():
+                warnings.warn(
+                    f"checkpoint: expected a whole file, got {self.path}, which is cut off or has other bytes than were "
+                    "written; the training starts from its beginning",
+                    stacklevel=2,
+                )
             return []
         words = files.differences(there, self.settings)
         if words:
@@ -99,6 +110,16 @@ class Checkpoint:
                 f"checkpoint: expected one of the same training, {self.path} has {words}; without that file the "
                 "training starts from its beginning"
             )
+        with ranks.all_or_none("checkpoint", self._device):
+            found, states = self._checked(optimizer, steps)
+        self._take(found)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        return list(found[LOSSES].clone().to(self._device))
+
+    def _checked(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """The file's tensors and the optimiser's states among them. ValueError: they are not those of this training."""
         read = files.read_tensors(self.path)
         if read is None:
             raise ValueError(f"checkpoint: expected a file that every process sees, this one sees no {self.path}")
@@ -113,24 +134,19 @@ class Checkpoint:
                 raise ValueError(f"checkpoint: expected tensors of this network, {self.path} has another {name}")
         if len(found[LOSSES]) > steps:
             raise ValueError(f"steps: expected {len(found[LOSSES])} or more, as {self.path} has, got {steps}")
-        self._take(found)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        return list(found[LOSSES].clone().to(self._device))
+        return found, states
 
-    def _there(self) -> dict[str, Any] | None:
-        """The settings of the file, where it is whole."""
-        read = files.read_tensors(self.path)
+    def _there(self) -> tuple[dict[str, Any] | None, str]:
+        """The settings of the file, where it is whole; and why it could not be read, "" where it could."""
+        try:
+            read = files.read_tensors(self.path)
+        except OSError as error:
+            return None, str(error)
         with contextlib.suppress(ValueError):
             found = None if read is None else json.loads(read[0])
             if isinstance(found, dict):
-                return found
-        if self.path.exists():
-            warnings.warn(
-                f"checkpoint: expected a whole file, got {self.path}, which is cut off or has other bytes than were "
-                "written; the training starts from its beginning",
-                stacklevel=2,
-            )
-        return None
+                return found, ""
+        return None, ""
 
     def _modules(self) -> dict[str, Tensor]:
         """Tensors of the network, and copies of its average's, by name."""

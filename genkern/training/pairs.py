@@ -82,6 +82,7 @@ def fit_pairs(
         progress: show a bar (tqdm).
         checkpoint: a file, written every `checkpoint_every` steps: the same call goes on after the last of them, and
             ends, in one process on one machine, with the bits of a call that was not cut off. It stays at the end.
+            A loss that is a method is told by its name: what its object holds is the caller's to keep.
         options: PairFitOptions.
 
     Returns:

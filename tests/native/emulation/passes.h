@@ -200,9 +200,12 @@ void build(Pass& pass, bool reduce, bool large = false, bool elementwise = true)
       for (int64_t b = 0; b < (one ? 1 : sizes[0]); ++b) pass.values.back().push_back(normal(rng));
       const bool of_path = rows.formula != Formula::none && chance(0.5);
       const bool last = args.elementwise() && chance(0.4);
-      const int cell = static_cast<int>(of_path ? 30
-                                        : last  ? pick(kL0, kRowCells - 1)
-                                                : pick(0, kFirstOut + kOutCells * args.n_out - 1));
+      const auto is_taken = [&](int cell) {
+        return std::any_of(rows.values, rows.values + k, [=](const Value& value) { return value.cell == cell; });
+      };
+      int cell = of_path && !is_taken(30) ? 30 : -1;
+      while (cell < 0 || (cell != 30 && is_taken(cell)))
+        cell = static_cast<int>(last ? pick(kL0, kRowCells - 1) : pick(0, kFirstOut + kOutCells * args.n_out - 1));
       rows.values[k] = {nullptr, DType::f64, one ? 0 : 1, cell, chance(0.5) ? 1.0 : 0.5};
     }
     for (int k = 0; k < rows.n_values; ++k) rows.values[k].data = pass.values[k].data();
