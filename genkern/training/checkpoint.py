@@ -99,8 +99,8 @@ class Checkpoint:
         if there is None:
             if self.path.exists():
                 warnings.warn(
-                    f"checkpoint: expected a whole file, got {self.path}, which is cut off or has other bytes than were "
-                    "written; the training starts from its beginning",
+                    f"checkpoint: expected a whole file, got {self.path}, which is cut off or has other bytes than "
+                    "were written; the training starts from its beginning",
                     stacklevel=2,
                 )
             return []
