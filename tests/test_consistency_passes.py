@@ -3,8 +3,6 @@ operations on numbers of samples, and nothing whose result the host waits for.""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from watching import Launches
