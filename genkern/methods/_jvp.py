@@ -42,12 +42,15 @@ def along(
         return network.call(inner, x, t, {**batch.cond, **extra}, name)
 
     # Dual tensors are what torch.func.jvp makes, without a transform around every operation: less for the host. Inside
-    # another transform, and without autograd's dispatch (inference mode), they would have no tangents.
+    # another transform they would have no tangents, nor would anything in inference mode, which is left for the pass.
     transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    with torch.no_grad(), drawn_again(inner, x.device):
-        if transformed or torch.is_inference_mode_enabled():
+    inference = not transformed and torch.is_inference_mode_enabled()
+    left = torch.inference_mode(False) if inference else contextlib.nullcontext()
+    with left, torch.no_grad(), drawn_again(inner, x.device):
+        if transformed:
             value, tangent, *_ = torch.func.jvp(call, (x, t), (dx, dt))
         else:
+            x, t, dx, dt = (v.clone() if inference else v for v in (x, t, dx, dt))
             with _uncompiled(), forward_ad.dual_level():
                 found = call(forward_ad.make_dual(x, dx), forward_ad.make_dual(t, dt))
                 value, tangent = forward_ad.unpack_dual(found)
