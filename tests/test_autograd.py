@@ -409,3 +409,11 @@ def test_a_second_derivative_above_the_loss_is_not_cut_off(options):
     (g,) = torch.autograd.grad(loss, m, create_graph=True)
     with pytest.raises(RuntimeError, match="path_loss: expected one derivative, got a second one"):
         torch.autograd.grad(g.square().sum() + scale, scale)
+
+
+def test_the_raw_op_takes_each_cell_once(kernels: None) -> None:
+    x, value, cell = torch.randn(2, 3), torch.ones(2), rows.out_cell(0, rows.X)
+    row = [0.0] * rows.n_cells(1)
+    arguments = (None, None, [], None, row, None, None, [value, value], [cell, cell], [1.0, 1.0], 0, 0, [], None, None)
+    with pytest.raises((ValueError, RuntimeError), match=f"cells: expected each once, got {cell} twice"):
+        torch.ops.genkern.map(x, *arguments, False, [0])

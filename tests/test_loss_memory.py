@@ -208,3 +208,13 @@ def test_a_half_precision_gradient_of_m_is_rounded_once(device: torch.device) ->
     assert m.grad is not None
     error = ((m.grad.double() - exact) / exact).abs().max()
     assert error <= 1.01 * torch.finfo(torch.bfloat16).eps / 2.0
+
+
+def test_a_loss_of_more_samples_than_one_block_adds_up(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, m = (torch.randn(9001, 8, device=device) for _ in range(2))
+    weight = torch.linspace(0.5, 1.5, len(x), device=device)
+    squares = (m.double() - 0.5 * x.double()).square().mean(1)
+    for reduction, expected in (("mean", (weight * squares).mean()), ("none", weight * squares)):
+        found = gk.ops.path_loss(m, x, x_coef=0.5, weight=weight, reduction=reduction)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0.0)
