@@ -32,6 +32,7 @@ from consistency_tasks import TASKS, Task
 from consistency_ways import TEACHER, WAYS, Run, Way, trained
 from torch import Tensor
 
+from genkern import files
 from genkern.bench import machine
 from genkern.demo import plots
 
@@ -218,10 +219,8 @@ def read(work: Path | None, way: Way, arguments: dict[str, Any]) -> dict[str, An
 
 def write(work: Path | None, way: Way, found: dict[str, Any]) -> None:
     if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        beside = _file(work, way).with_suffix(".new")
-        torch.save(found, beside)
-        beside.replace(_file(work, way))
+        with files.replaced(_file(work, way)) as temporary:
+            torch.save(found, temporary)
 
 
 def main(
