@@ -73,9 +73,10 @@ constexpr uint32_t kMapPermutedTerms[] = {
 // Residuals: m against noise, data or both, or against a given target; with a mask or without; and those of consistency
 // models, where h is the target's output, the derivative, or the teacher's state.
 constexpr uint32_t kReduceTerms[] = {
-    residual(M | kDrawn),        residual(X | M | kDrawn),        residual(X | M),        residual(X | M | H),
-    residual(M | kDrawn | Mask), residual(X | M | kDrawn | Mask), residual(X | M | Mask), residual(X | M | Z),
-    residual(X | M | H | H1),    residual(X | M | H | kDrawn),    residual(M | H | H1),
+    residual(M | kDrawn),         residual(X | M | kDrawn),    residual(X | M),
+    residual(X | M | H),          residual(M | kDrawn | Mask), residual(X | M | kDrawn | Mask),
+    residual(X | M | Mask),       residual(X | M | Z),         residual(X | M | H | H1),
+    residual(X | M | H | kDrawn), residual(M | H | H1),        residual(X | M | H | H1 | kDrawn),
 };
 
 constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
