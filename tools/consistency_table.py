@@ -211,7 +211,7 @@ def read(work: Path | None, way: Way, arguments: dict[str, Any]) -> dict[str, An
     """What write() kept of a way, or None. Exits where it was kept by a run of other arguments."""
     if work is None or not _file(work, way).exists():
         return None
-    found: dict[str, Any] = torch.load(_file(work, way), weights_only=True)
+    found: dict[str, Any] = torch.load(_file(work, way), map_location="cpu", weights_only=True)
     if found["arguments"] != arguments:
         sys.exit(f"{_file(work, way)}: is of a run with {found['arguments']}, not {arguments}")
     return found
