@@ -42,6 +42,10 @@ struct PackedRow {
   }
 };
 
+inline bool is_word(PyObject* object, const char* word) {
+  return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, word) == 0;
+}
+
 inline bool number_of(PyObject* value, double& number) {
   if (PyFloat_CheckExact(value)) {
     number = PyFloat_AS_DOUBLE(value);
@@ -52,9 +56,10 @@ inline bool number_of(PyObject* value, double& number) {
   return !(number == -1.0 && PyErr_Occurred() != nullptr);
 }
 
-// The coefficient of a cell: a number, or a plain tensor [B] or [1], either times the numbers of Scaled around it.
-inline bool read_cell(PyObject* value, int64_t cell, PackedRow& row) {
-  double scale = 1.0, number = 0.0;
+// The coefficient of a cell: scale times a number, or a plain tensor [B] or [1], either times the numbers of Scaled
+// around it.
+inline bool read_cell(PyObject* value, int64_t cell, PackedRow& row, double scale = 1.0) {
+  double number = 0.0;
   while (reinterpret_cast<PyObject*>(Py_TYPE(value)) == torch_side().scaled) {
     if (!number_of(PyTuple_GET_ITEM(value, 1), number)) return false;
     scale *= number;
@@ -184,12 +189,11 @@ inline bool read_ddim_row(PyObject* object, PackedRow& row) {
                          *const pred_name = interned("return_pred"), *const prediction_name = interned("prediction");
   const py::object clip = attribute(object, clip_name), guidance = attribute(object, guidance_name),
                    pred = attribute(object, pred_name), prediction = attribute(object, prediction_name);
-  if (!clip || !guidance || !pred || !prediction || !PyUnicode_Check(prediction.ptr())) return false;
-  const auto is = [&](const char* word) { return PyUnicode_CompareWithASCIIString(prediction.ptr(), word) == 0; };
-  const Formula formula = is("epsilon")  ? Formula::ddim_epsilon
-                          : is("v")      ? Formula::ddim_v
-                          : is("sample") ? Formula::ddim_sample
-                                         : Formula::none;
+  if (!clip || !guidance || !pred || !prediction) return false;
+  const Formula formula = is_word(prediction.ptr(), "epsilon")  ? Formula::ddim_epsilon
+                          : is_word(prediction.ptr(), "v")      ? Formula::ddim_v
+                          : is_word(prediction.ptr(), "sample") ? Formula::ddim_sample
+                                                                : Formula::none;
   if (formula == Formula::none || !PyBool_Check(pred.ptr())) return false;
   row.n_out = pred.ptr() == Py_True ? 2 : 1;
   row.use_pred = pred.ptr() == Py_True || clip.ptr() != Py_None;
