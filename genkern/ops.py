@@ -147,6 +147,13 @@ def ddim_step(
 
     Source: (13.13); Song, Meng, Ermon, arXiv:2010.02502. v: Salimans, Ho, arXiv:2202.00512.
     """
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.ddim(
+            x_t, model_output, uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip,
+            guidance_scale, return_pred,
+        )  # fmt: skip
+        if quick is not None:
+            return quick
     check.choice("prediction", prediction, PREDICTIONS)
     alpha_t, sigma_t = _coef("alpha_t", alpha_t, x_t, 0.0), _coef("sigma_t", sigma_t, x_t, 0.0)
     alpha_s, sigma_s = _coef("alpha_s", alpha_s, x_t, 0.0), _coef("sigma_s", sigma_s, x_t, 0.0)

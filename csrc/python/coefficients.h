@@ -92,4 +92,26 @@ struct LinearRow {
   }
 };
 
+// clip as check.clip_range has it: None, (lo, hi), or one number c for (-c, c).
+inline bool checked_clip(PyObject* clip, PackedRow& row) {
+  double &lo = row.cells[kLo], &hi = row.cells[kHi];
+  if (number_of(clip, hi)) {
+    lo = -hi;
+  } else if (!read_clip(clip, row)) {
+    return false;
+  }
+  return clip == Py_None || (std::isfinite(lo) && std::isfinite(hi) && lo < hi);
+}
+
+// The row of a DDIM step between path values that are numbers: of tensors check.ddim_path looks at more than at each.
+inline bool read_checked_ddim(PyObject* prediction, PyObject* const* path, PyObject* clip, PyObject* guidance,
+                              PyObject* return_pred, PackedRow& row) {
+  if (!begin_ddim(prediction, return_pred, clip != Py_None, row)) return false;
+  for (int p = 0; p < kPathCells; ++p)
+    if (!checked_number(path[p], 0.0, row.cells[static_cast<size_t>(kMaxCells + p)])) return false;
+  row.cells[kW] = 1.0;
+  if (guidance != Py_None && !read_coefficient(guidance, 1.0, -kInfinity, kW, row)) return false;
+  return checked_clip(clip, row) && end_ddim(row);
+}
+
 }  // namespace genkern

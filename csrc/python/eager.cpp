@@ -56,6 +56,9 @@ PyMethodDef methods[] = {
     {"connect", connect, METH_O, "Hands over what the eager calls need of torch; whether this torch has it."},
     {"eager_calls", count, METH_NOARGS, "How many calls went past torch's dispatcher so far."},
     fast<map_row>("map_row", "map_row(row, x, m, m_uncond, h, noise, out, dtypes, draw), or None."),
+    fast<ddim>("ddim",
+               "ddim(x, m, m_uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip, guidance, "
+               "return_pred), or None."),
     fast<linear>("linear",
                  "linear(x, m, m_uncond, h, noise, out, c_x, c_m, c_h, c_z, guidance, factor, low), or None."),
     fast<map_numbers>("map_numbers", "map_numbers(numbers, out, tensors): True, or None."),

@@ -114,6 +114,27 @@ inline PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t n) {
   });
 }
 
+// ddim(x, m, m_uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip, guidance, return_pred):
+// ops.ddim_step of tensors between path values that are numbers, or None.
+inline PyObject* ddim(PyObject*, PyObject* const* given, Py_ssize_t n) {
+  return answer([&]() -> py::object {
+    if (n != 14) return {};
+    PyObject *const m = given[1], *const m_uncond = given[2], *const noise = given[3], *const guidance = given[12];
+    if (m == Py_None || (m_uncond == Py_None) != (guidance == Py_None)) return {};
+    PackedRow row;
+    if (!read_checked_ddim(given[5], given + 6, given[11], guidance, given[13], row)) return {};
+    static PyObject* const no_h = PyTuple_New(0);
+    Terms t;
+    if (!undisturbed() || !set_terms(given[0], m, m_uncond, no_h, noise, t) || t.like_view.ndim == 0) return {};
+    if (!set_packed(std::move(row), noise, 1, t) || !checked_values(t, -kInfinity)) return {};
+    const int code = dtype_code(t.like_view.element);
+    if (code < 0) return {};
+    py::object outs = mapped(t, std::vector<int>(t.n_out, code), given[4]);
+    if (!outs || t.n_out > 1) return outs;
+    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(outs.ptr(), 0));
+  });
+}
+
 // map_numbers(numbers, out, tensors): calls.run_numbers, True, or None.
 inline PyObject* map_numbers(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {

@@ -181,7 +181,38 @@ inline bool ddim_holds(Formula formula, const double* path) {
   return formula == Formula::ddim_epsilon ? alpha_t != 0.0 : formula == Formula::ddim_v || sigma_t != 0.0;
 }
 
-// rows._pack_ddim
+// rows._pack_ddim, in two parts, between which clip, guidance and path values are set.
+inline bool begin_ddim(PyObject* prediction, PyObject* return_pred, bool clips, PackedRow& row) {
+  const Formula formula = is_word(prediction, "epsilon")  ? Formula::ddim_epsilon
+                          : is_word(prediction, "v")      ? Formula::ddim_v
+                          : is_word(prediction, "sample") ? Formula::ddim_sample
+                                                          : Formula::none;
+  if (formula == Formula::none || !PyBool_Check(return_pred)) return false;
+  const bool pred = return_pred == Py_True;
+  row.formula = static_cast<int64_t>(formula);
+  row.n_out = pred ? 2 : 1;
+  row.use_pred = pred || clips;
+  row.cells.assign(kAllCells, 0.0);
+  if (pred) row.cells[static_cast<size_t>(PackedRow::first(1) + kOutY)] = 1.0;
+  return true;
+}
+
+// Of path values that are numbers the row is computed here.
+inline bool end_ddim(PackedRow& row) {
+  const auto formula = static_cast<Formula>(row.formula);
+  for (int p = 0; p < kPathCells; ++p) {
+    if (!row.by_tensor(kMaxCells + p)) continue;
+    row.draws = row.uses(kMaxCells + kPathCells - 1);
+    return true;
+  }
+  if (!ddim_holds(formula, row.cells.data() + kMaxCells)) return false;
+  row.formula = 0;
+  ddim_cells(formula, row.cells.data() + kMaxCells, row.use_pred, row.cells.data());
+  row.cells.resize(static_cast<size_t>(PackedRow::first(row.n_out)));
+  row.draws = row.cells[kFirstOut + kOutZ] != 0.0;
+  return true;
+}
+
 inline bool read_ddim_row(PyObject* object, PackedRow& row) {
   static const std::array<PyObject*, 5> path{interned("alpha_t"), interned("sigma_t"), interned("alpha_s"),
                                              interned("sigma_s"), interned("eta")};
@@ -190,32 +221,13 @@ inline bool read_ddim_row(PyObject* object, PackedRow& row) {
   const py::object clip = attribute(object, clip_name), guidance = attribute(object, guidance_name),
                    pred = attribute(object, pred_name), prediction = attribute(object, prediction_name);
   if (!clip || !guidance || !pred || !prediction) return false;
-  const Formula formula = is_word(prediction.ptr(), "epsilon")  ? Formula::ddim_epsilon
-                          : is_word(prediction.ptr(), "v")      ? Formula::ddim_v
-                          : is_word(prediction.ptr(), "sample") ? Formula::ddim_sample
-                                                                : Formula::none;
-  if (formula == Formula::none || !PyBool_Check(pred.ptr())) return false;
-  row.n_out = pred.ptr() == Py_True ? 2 : 1;
-  row.use_pred = pred.ptr() == Py_True || clip.ptr() != Py_None;
-  row.cells.assign(kAllCells, 0.0);
-  if (!read_clip(clip.ptr(), row)) return false;
-  if (pred.ptr() == Py_True) row.cells[static_cast<size_t>(PackedRow::first(1) + kOutY)] = 1.0;
-  if (!read_guidance(guidance.ptr(), row)) return false;
-  const size_t before = row.where.size();
+  if (!begin_ddim(prediction.ptr(), pred.ptr(), clip.ptr() != Py_None, row)) return false;
+  if (!read_clip(clip.ptr(), row) || !read_guidance(guidance.ptr(), row)) return false;
   for (int p = 0; p < kPathCells; ++p) {
     const py::object value = attribute(object, path[static_cast<size_t>(p)]);
     if (!value || !read_cell(value.ptr(), kMaxCells + p, row)) return false;
   }
-  if (row.where.size() != before) {
-    row.formula = static_cast<int64_t>(formula);
-    row.draws = row.uses(kMaxCells + kPathCells - 1);
-    return true;
-  }
-  if (!ddim_holds(formula, row.cells.data() + kMaxCells)) return false;
-  ddim_cells(formula, row.cells.data() + kMaxCells, row.use_pred, row.cells.data());
-  row.cells.resize(static_cast<size_t>(PackedRow::first(row.n_out)));
-  row.draws = row.cells[kFirstOut + kOutZ] != 0.0;
-  return true;
+  return end_ddim(row);
 }
 
 inline bool read_row(PyObject* object, PackedRow& row) {
