@@ -19,6 +19,12 @@ from genkern import check, eager, ops, rows
 pytestmark = connected
 
 by_sample = torch.tensor([0.3, -0.2, 0.9])
+PATH = {
+    "alpha_t": torch.tensor([0.6, 0.5, 0.1]),
+    "sigma_t": torch.tensor([[0.8]], dtype=torch.float64),
+    "alpha_s": 0.8,
+    "sigma_s": torch.tensor(0.6),
+}
 SUMMED = [
     *(options for options in LOSSES if options.get("kind") != "pseudo_huber"),
     {"x_coef": 2, "noise_coef": -1, "m_coef": 3, "noise": NOISE, "weight": 2},
@@ -38,13 +44,18 @@ def through_rows(what: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> An
 
 
 def one_call(case: Case) -> bool:
-    """Whether the op's own call takes it: one output of a linear row, or a DDIM step between host numbers."""
-    if case.op == "add_noise":
-        return not case.options.get("return_noise", False)
-    return case.op != "ddim_step" or not any(isinstance(case.options.get(k), Tensor) for k in ("alpha_t", "eta"))
+    """Whether the op's own call takes it: all but two outputs of a linear row, and an eta that is a tensor."""
+    return "return_noise" not in case.options and not isinstance(case.options.get("eta"), Tensor)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+OF_TENSORS = [
+    Case("ddim_step", ("x_t", "model_output"), {**PATH, "prediction": prediction, "clip": clip}, 1.0, prediction)
+    for prediction, clip in (("epsilon", None), ("v", (-0.5, 0.25)), ("sample", 1.0))
+]
+OF_TENSORS += [Case("euler_step", ("x", "v"), {"dt": torch.tensor(0.25)}, 1.0, "0-d")]
+
+
+@pytest.mark.parametrize("case", CASES + OF_TENSORS, ids=str)
 def test_an_op_makes_the_row_that_python_makes(
     case: Case, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +72,7 @@ def test_an_op_makes_the_row_that_python_makes(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if one_call(case)], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES + OF_TENSORS if one_call(case)], ids=str)
 def test_an_op_of_plain_arguments_makes_no_row_in_python(
     case: Case, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +125,14 @@ def test_a_coefficient_that_requires_a_gradient_gets_it(monkeypatch: pytest.Monk
     torch.testing.assert_close(run()[1], 0.5 * (m + x).sum(1))
 
 
+def test_a_coefficient_of_one_element_gets_a_gradient_of_its_shape() -> None:
+    x, v = pair((3, 4))
+    for shape in ((), (1,), (1, 1)):
+        dt = torch.full(shape, 0.25, requires_grad=True)
+        (found,) = torch.autograd.grad(gk.ops.euler_step(x, v, dt).sum(), dt)
+        torch.testing.assert_close(found, v.sum().expand(shape))
+
+
 NOT_FINITE = torch.tensor([0.5, math.nan, 0.5])
 BEYOND = 4e38  # float32 ends at 3.4e38
 REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -138,6 +157,11 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "less than 0": lambda x, m: gk.ops.add_noise(x, -0.5, 0.5, noise=NOISE),
     "less than 0 among numbers": lambda x, m: gk.ops.add_noise(x, by_sample, 0.5, noise=NOISE),
     "less than 0 on the path": lambda x, m: gk.ops.ddim_step(x, m, 0.6, -0.8, 0.8, 0.6),
+    "0 where it divides": lambda x, m: gk.ops.ddim_step(x, m, torch.tensor([0.6, 0.0, 0.6]), 0.8, 0.8, 0.6),
+    "0 beside tensors": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.0, by_sample.abs(), 0.6, prediction="sample"),
+    "too large an eta in a sample": lambda x, m: gk.ops.ddim_step(
+        x, m, torch.tensor([0.6, 0.6, 0.6]), 0.8, 0.8, 0.6, eta=5.0, noise=NOISE
+    ),
     "another prediction": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.8, 0.8, 0.6, prediction="noise"),
     "bounds in disorder": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.8, 0.8, 0.6, clip=(1.0, -1.0)),
     "a bound below 0": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.8, 0.8, 0.6, clip=-1.0),

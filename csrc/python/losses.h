@@ -174,11 +174,12 @@ inline PyObject* path_loss(PyObject*, PyObject* const* given, Py_ssize_t n) {
     PyObject* weight = given[8];
     const bool l1 = is_word(given[9], "l1"), mean = is_word(given[10], "mean");
     if (m == Py_None || !(l1 || is_word(given[9], "l2")) || !(mean || is_word(given[10], "sum"))) return {};
+    if (!undisturbed()) return {};
+    CheckedRow row;
     Terms t;
-    if (!undisturbed() || !set_terms(given[1], m, Py_None, h, noise, t)) return {};
-    LinearRow row;
-    if (!row.set(kOutX, given[2], -1.0) || !row.set(kOutZ, given[3], -1.0) || !row.set(kOutM, given[5], 1.0) ||
-        !row.set_h(given[7], t.call.h.size(), -1.0) || !row.into(t, noise)) {
+    if (!row.set(kFirstOut + kOutX, given[2], -1.0, -kInfinity) || !row.set_h(given[7], h, -1.0, -kInfinity) ||
+        !row.set(kFirstOut + kOutZ, given[3], -1.0, -kInfinity) ||
+        !row.set(kFirstOut + kOutM, given[5], 1.0, -kInfinity) || !row.into(t, given[1], m, Py_None, h, noise)) {
       return {};
     }
     double scale = 1.0;

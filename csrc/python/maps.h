@@ -90,48 +90,47 @@ inline PyObject* map_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   });
 }
 
+// Outputs of the state's own dtype: one alone, or a tuple of two.
+inline py::object mapped_like(Terms& t, PyObject* out) {
+  const int code = dtype_code(t.like_view.element);
+  if (code < 0) return {};
+  const py::object outs = mapped(t, std::vector<int>(t.n_out, code), out);
+  if (!outs || t.n_out > 1) return outs;
+  return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(outs.ptr(), 0));
+}
+
 // linear(x, m, m_uncond, h, noise, out, c_x, c_m, c_h, c_z, guidance, factor, low): the output
 // c_x x + factor (c_m m + sum_k c_hk h_k) + c_z z of tensors, its row made and its coefficients checked here, or None.
 // c_m is None where the op has no m; factor and low are floats, low the least that a coefficient may be.
 inline PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
-    if (n != 13) return {};
-    PyObject *const m = given[1], *const m_uncond = given[2], *const noise = given[4], *const guidance = given[10];
-    const double factor = PyFloat_AsDouble(given[11]);
-    if ((m == Py_None) != (given[7] == Py_None) || (m_uncond == Py_None) != (guidance == Py_None)) return {};
+    if (n != 13 || (given[1] == Py_None) != (given[7] == Py_None) || !undisturbed()) return {};
+    const double factor = PyFloat_AsDouble(given[11]), low = PyFloat_AsDouble(given[12]);
+    CheckedRow row;
     Terms t;
-    if (!undisturbed() || !set_terms(given[0], m, m_uncond, given[3], noise, t)) return {};
-    LinearRow row(PyFloat_AsDouble(given[12]));
-    if (!row.set(kOutX, given[6], 1.0) || !row.set(kOutZ, given[9], 1.0) ||
-        (m != Py_None && !row.set(kOutM, given[7], factor)) || !row.set_h(given[8], t.call.h.size(), factor) ||
-        (guidance != Py_None && !row.set_guidance(guidance)) || !row.into(t, noise)) {
+    if (!row.set(kFirstOut + kOutX, given[6], 1.0, low) || !row.set_guidance(given[10], given[2]) ||
+        (given[7] != Py_None && !row.set(kFirstOut + kOutM, given[7], factor, low)) ||
+        !row.set_h(given[8], given[3], factor, low) || !row.set(kFirstOut + kOutZ, given[9], 1.0, low) ||
+        !row.into(t, given[0], given[1], given[2], given[3], given[4])) {
       return {};
     }
-    const int code = dtype_code(t.like_view.element);
-    if (code < 0) return {};
-    const py::object outs = mapped(t, {code}, given[5]);
-    return outs ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(outs.ptr(), 0)) : py::object();
+    return mapped_like(t, given[5]);
   });
 }
 
 // ddim(x, m, m_uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip, guidance, return_pred):
-// ops.ddim_step of tensors between path values that are numbers, or None.
+// ops.ddim_step of tensors, its row made and its coefficients checked here, or None.
 inline PyObject* ddim(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
-    if (n != 14) return {};
-    PyObject *const m = given[1], *const m_uncond = given[2], *const noise = given[3], *const guidance = given[12];
-    if (m == Py_None || (m_uncond == Py_None) != (guidance == Py_None)) return {};
-    PackedRow row;
-    if (!read_checked_ddim(given[5], given + 6, given[11], guidance, given[13], row)) return {};
+    if (n != 14 || given[1] == Py_None || !undisturbed()) return {};
     static PyObject* const no_h = PyTuple_New(0);
+    CheckedRow row;
     Terms t;
-    if (!undisturbed() || !set_terms(given[0], m, m_uncond, no_h, noise, t) || t.like_view.ndim == 0) return {};
-    if (!set_packed(std::move(row), noise, 1, t) || !checked_values(t, -kInfinity)) return {};
-    const int code = dtype_code(t.like_view.element);
-    if (code < 0) return {};
-    py::object outs = mapped(t, std::vector<int>(t.n_out, code), given[4]);
-    if (!outs || t.n_out > 1) return outs;
-    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(outs.ptr(), 0));
+    if (!row.set_ddim(given[5], given + 6, given[11], given[13]) || !row.set_guidance(given[12], given[2]) ||
+        !row.into(t, given[0], given[1], given[2], no_h, given[3])) {
+      return {};
+    }
+    return mapped_like(t, given[4]);
   });
 }
 
