@@ -21,7 +21,7 @@ def connect(map_function: Any, reduce_function: Any, loss_function: Any) -> None
     """Hands over what the calls need of torch.
 
     Args:
-        map_function, reduce_function, loss_function: apply of the Functions of functions.py that tie results to
+        map_function, reduce_function, loss_function: apply of the Functions of eager_functions.py that tie results to
             autograd.
     """
     global face

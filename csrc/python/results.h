@@ -10,7 +10,7 @@ namespace genkern {
 
 constexpr int64_t kBrief = 4096;  // elements up to which a CPU call keeps Python's lock: releasing it costs as much
 
-// apply of the autograd Functions of genkern/functions.py, and how many calls were answered
+// apply of the autograd Functions of genkern/eager_functions.py, and how many calls were answered
 struct Answers {
   PyObject *map_function = nullptr, *reduce_function = nullptr, *loss_function = nullptr;
   int64_t count = 0;
@@ -50,7 +50,7 @@ bool without_lock(const View& like, Run run) {
   return run();
 }
 
-// What backward reads of a call: nothing, the coefficients, or all of its tensors (functions.py: _kept).
+// What backward reads of a call: nothing, the coefficients, or all of its tensors (map_function.py: kept_of).
 enum Keeps { kNothing, kValues, kAll };
 
 inline Keeps keeps(const Terms& t) {
