@@ -97,6 +97,10 @@ def add_noise(
 
     Source: (13.4) with alpha = sqrt(alphas_cumprod); (13.21), (13.24).
     """
+    if noise is not None and not return_noise and not check.compiling() and eager.face is not None:
+        quick = eager.face.linear(x, None, None, (), noise, out, alpha, None, (), sigma, None, 1.0, 0.0)
+        if quick is not None:
+            return quick
     alpha, sigma = _coef("alpha", alpha, x, 0.0), _coef("sigma", sigma, x, 0.0)
     outs = (Out(x=alpha, z=sigma), Out(z=1.0)) if return_noise else (Out(x=alpha, z=sigma),)
     found = apply_row(Row(outs), x=x, noise=noise, out=out)
@@ -143,6 +147,13 @@ def ddim_step(
 
     Source: (13.13); Song, Meng, Ermon, arXiv:2010.02502. v: Salimans, Ho, arXiv:2202.00512.
     """
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.ddim(
+            x_t, model_output, uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip,
+            guidance_scale, return_pred,
+        )  # fmt: skip
+        if quick is not None:
+            return quick
     check.choice("prediction", prediction, PREDICTIONS)
     alpha_t, sigma_t = _coef("alpha_t", alpha_t, x_t, 0.0), _coef("sigma_t", sigma_t, x_t, 0.0)
     alpha_s, sigma_s = _coef("alpha_s", alpha_s, x_t, 0.0), _coef("sigma_s", sigma_s, x_t, 0.0)
@@ -215,6 +226,10 @@ def euler_step(
 
     Source: (13.22), (13.24), (13.27), (13.31); Ascher, Petzold 1998, section 3.1.
     """
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.linear(x, v, uncond, (), None, out, 1.0, dt, (), 0.0, guidance_scale, 1.0, -math.inf)
+        if quick is not None:
+            return quick
     row = Row((Out(0.0, 1.0, _coef("dt", dt, x)),), guidance=_guidance(uncond, guidance_scale, x))
     return apply_row(row, x=x, m=_needed("v", v), m_uncond=uncond, out=out, names=_STEP)[0]
 
@@ -238,6 +253,10 @@ def heun_step(x: Array, v: Array, v_next: Array, dt: Coef, *, out: Array | None 
 
     Source: the seed's 13.4.1 (numerical ODE solvers); Ascher, Petzold 1998, section 4.1.
     """
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.linear(x, v, None, (v_next,), None, out, 1.0, dt, (dt,), 0.0, None, 0.5, -math.inf)
+        if quick is not None:
+            return quick
     half = times(0.5, _coef("dt", dt, x))
     row = Row((Out(0.0, 1.0, half, (half,)),))
     return apply_row(row, x=x, m=_needed("v", v), h=(_needed("v_next", v_next),), out=out, names=_HEUN)[0]
@@ -267,6 +286,12 @@ def consistency_skip(
 
     Source: (13.29); Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469.
     """
+    if not check.compiling() and eager.face is not None:
+        quick = eager.face.linear(
+            x, network_output, uncond, (), None, out, c_skip, c_out, (), 0.0, guidance_scale, 1.0, -math.inf
+        )
+        if quick is not None:
+            return quick
     outs = (Out(x=_coef("c_skip", c_skip, x), m=_coef("c_out", c_out, x)),)
     row = Row(outs, guidance=_guidance(uncond, guidance_scale, x))
     network_output = _needed("network_output", network_output)
@@ -314,6 +339,12 @@ def path_loss(
 
     Source: (13.10), (13.20), (13.23), (13.24), (13.32).
     """
+    if mask is None and reduction != "none" and not check.compiling() and eager.face is not None:
+        quick = eager.face.path_loss(
+            model_output, x, x_coef, noise_coef, noise, m_coef, h, h_coefs, weight, kind, reduction
+        )
+        if quick is not None:
+            return quick
     model_output = _needed("model_output", model_output)
     check.choice("kind", kind, LOSSES)
     check.choice("reduction", reduction, REDUCTIONS)

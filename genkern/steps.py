@@ -209,7 +209,7 @@ def _check_std(name: str, wanted: str, value: Any) -> None:
     """ValueError: a number that is not > 0, where it is looked at."""
     if isinstance(value, Tensor):
         value = value.detach()
-        if check._visible(value) and not bool((value > 0.0).all()):
+        if check.visible(value) and not bool((value > 0.0).all()):
             raise ValueError(f"{name}: {wanted}: a step without noise has no density; got one that is not, in a sample")
     elif not value > 0.0:
         raise ValueError(f"{name}: {wanted}: a step without noise has no density")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genkern import eager, functions
+from genkern import eager, eager_functions
 
-FUNCTIONS = (functions._EagerMap.apply, functions._EagerReduce.apply, functions._EagerLoss.apply)
+FUNCTIONS = (eager_functions._EagerMap.apply, eager_functions._EagerReduce.apply, eager_functions._EagerLoss.apply)
 connected = pytest.mark.skipif(
     eager.face is None, reason="this torch has no exchange API, or the compiled library is missing"
 )

@@ -12,7 +12,7 @@ from test_ops_layouts import LAYOUTS
 from torch import Tensor
 
 import genkern as gk
-from genkern import functions, rows
+from genkern import map_function, rows
 
 pytestmark = connected
 
@@ -258,13 +258,13 @@ def test_the_residual_becomes_the_gradient_where_it_lies_unless_the_graph_is_kep
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    real = functions._map
+    real = map_function._map
 
     def noted(row: Any, terms: Any, dtypes: Any, out: Any = None) -> Any:
         written.extend(t.data_ptr() for t in out or ())
         return real(row, terms, dtypes, out)
 
-    monkeypatch.setattr(functions, "_map", noted)
+    monkeypatch.setattr(map_function, "_map", noted)
     m = torch.randn(3, 4, device=device, requires_grad=True)
     loss = gk.ops.path_loss(m, torch.zeros_like(m), x_coef=1.0)
     torch.autograd.grad(loss, m, retain_graph=True)

@@ -250,7 +250,9 @@ def test_a_hundred_thousand_calls_keep_nothing() -> None:
         lambda: gk.ops.euler_step(x, v, 0.25),
         lambda: gk.ops.euler_step(x, v, dt, out=out),
         lambda: gk.ops.ddim_step(leaf, v, 0.6, 0.8, 0.8, 0.6, eta=0.5, noise=noise, return_pred=True),
+        lambda: gk.ops.ddim_step(x, v, dt, 0.8, dt.new_tensor(0.8), 0.6, out=out),
         lambda: gk.ops.path_loss(leaf, x, x_coef=1.0),
+        lambda: eager.face.linear(x, v, None, (), None, None, 1.0, "0.5", (), 0.0, None, 1.0, 0.0),
         lambda: gk.ops.randn((3, 4), noise=noise),
         lambda: eager.face.map_row(None, x, v, None, (), None, None, None, 1),
     ]

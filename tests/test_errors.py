@@ -443,7 +443,7 @@ def test_a_tensor_whose_storage_is_freed_is_refused() -> None:
 
 
 def test_debug_is_a_switch_and_a_context() -> None:
-    from genkern.check import debug
+    from genkern._debug import debug
 
     assert not debug.values
     with gk.debug(values=True):

@@ -199,7 +199,7 @@ def test_sinkhorn_refuses_what_is_not_finite(place, value):
 def test_sinkhorn_leaves_what_is_not_finite_in_its_place_where_values_are_not_looked_at(monkeypatch):
     x0, x1, u = batch(4, (2,))
     x0[2] = math.nan
-    monkeypatch.setattr(check, "_visible", lambda value: False)  # as on a device
+    monkeypatch.setattr(check.values, "visible", lambda value: False)  # as on a device
     assert torch.equal(flows.Sinkhorn()(x0, x1, {}, u), torch.arange(4))
 
 

@@ -293,6 +293,7 @@ def test_times_on_the_cpu_are_looked_at_beside_a_state_that_is_not(device):
 
 
 def test_times_that_are_not_looked_at_are_not_refused(monkeypatch):
-    monkeypatch.setattr(check, "_visible", lambda value: not isinstance(value, torch.Tensor))  # as on a device
+    for asked in (check, check.values):
+        monkeypatch.setattr(asked, "visible", lambda value: not isinstance(value, torch.Tensor))  # as on a device
     t = times(0.1, 0.5, 0.6, 0.2, 0.3)
     assert all(torch.isfinite(found[[0, 3, 4]]).all() for found in FLOW.step(X, V, t, 0.5))

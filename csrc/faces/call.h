@@ -2,7 +2,7 @@
 // arguments.
 //
 // The checks guard the raw entry points: shapes, types, devices and lengths, so that no call reads what it must not.
-// genkern/check.py words the errors that users of gk.ops meet.
+// genkern/check words the errors that users of gk.ops meet.
 #pragma once
 
 #include <cstdint>

@@ -26,6 +26,7 @@ struct Torch {
   PyObject *functorch = nullptr, *tracing = nullptr, *dispatch_modes = nullptr, *function_modes = nullptr;
   PyObject* forward_levels = nullptr;  // the module torch.autograd.forward_ad
   PyObject* grad_enabled = nullptr;
+  PyObject* debug = nullptr;  // gk.debug
   const dlpack::ExchangeApi* api = nullptr;
   const Launcher* launcher = nullptr;
 };
@@ -94,6 +95,12 @@ inline bool plain_view(PyObject* object, View& view) {
 
 inline bool grad_enabled() { return call_without_arguments(torch_side().grad_enabled).ptr() != Py_False; }
 
+// gk.debug(values=True), which asks for the values of device tensors.
+inline bool looks_at_device_values() {
+  static PyObject* const name = interned("values");
+  return attribute(torch_side().debug, name).ptr() != Py_False;
+}
+
 inline bool requires_grad(PyObject* tensor) {
   static PyObject* const name = interned("requires_grad");
   return attribute(tensor, name).ptr() != Py_False;
@@ -141,10 +148,16 @@ inline py::object new_pairs(PyObject* like, int64_t rows, PyObject* dtype) {
   return py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(method, arguments, 3, names));
 }
 
-// A new 0-d tensor: torch.empty_strided, which is quicker than torch.empty.
-inline py::object new_scalar(PyObject* like, PyObject* dtype) {
-  static PyObject* const names = PyTuple_Pack(2, interned("dtype"), interned("device"));
+// A new 0-d tensor: torch.empty_strided, which is quicker than torch.empty. Where nothing disturbs (another default
+// device would), the CPU is the default.
+inline py::object new_scalar(PyObject* like, bool on_cuda, PyObject* dtype) {
   static PyObject *const device_name = interned("device"), *const nothing = PyTuple_New(0);
+  if (!on_cuda) {
+    static PyObject* const names = PyTuple_Pack(1, interned("dtype"));
+    PyObject* const arguments[] = {nothing, nothing, dtype};
+    return py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_side().empty_strided, arguments, 2, names));
+  }
+  static PyObject* const names = PyTuple_Pack(2, interned("dtype"), interned("device"));
   const py::object device = attribute(like, device_name);
   PyObject* const arguments[] = {nothing, nothing, dtype, device.ptr()};
   return py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_side().empty_strided, arguments, 2, names));

@@ -42,6 +42,10 @@ struct PackedRow {
   }
 };
 
+inline bool is_word(PyObject* object, const char* word) {
+  return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, word) == 0;
+}
+
 inline bool number_of(PyObject* value, double& number) {
   if (PyFloat_CheckExact(value)) {
     number = PyFloat_AS_DOUBLE(value);
@@ -52,9 +56,10 @@ inline bool number_of(PyObject* value, double& number) {
   return !(number == -1.0 && PyErr_Occurred() != nullptr);
 }
 
-// The coefficient of a cell: a number, or a plain tensor [B] or [1], either times the numbers of Scaled around it.
-inline bool read_cell(PyObject* value, int64_t cell, PackedRow& row) {
-  double scale = 1.0, number = 0.0;
+// The coefficient of a cell: scale times a number, or a plain tensor [B] or [1], either times the numbers of Scaled
+// around it.
+inline bool read_cell(PyObject* value, int64_t cell, PackedRow& row, double scale = 1.0) {
+  double number = 0.0;
   while (reinterpret_cast<PyObject*>(Py_TYPE(value)) == torch_side().scaled) {
     if (!number_of(PyTuple_GET_ITEM(value, 1), number)) return false;
     scale *= number;
@@ -176,7 +181,38 @@ inline bool ddim_holds(Formula formula, const double* path) {
   return formula == Formula::ddim_epsilon ? alpha_t != 0.0 : formula == Formula::ddim_v || sigma_t != 0.0;
 }
 
-// rows._pack_ddim
+// rows._pack_ddim, in two parts, between which clip, guidance and path values are set.
+inline bool begin_ddim(PyObject* prediction, PyObject* return_pred, bool clips, PackedRow& row) {
+  const Formula formula = is_word(prediction, "epsilon")  ? Formula::ddim_epsilon
+                          : is_word(prediction, "v")      ? Formula::ddim_v
+                          : is_word(prediction, "sample") ? Formula::ddim_sample
+                                                          : Formula::none;
+  if (formula == Formula::none || !PyBool_Check(return_pred)) return false;
+  const bool pred = return_pred == Py_True;
+  row.formula = static_cast<int64_t>(formula);
+  row.n_out = pred ? 2 : 1;
+  row.use_pred = pred || clips;
+  row.cells.assign(kAllCells, 0.0);
+  if (pred) row.cells[static_cast<size_t>(PackedRow::first(1) + kOutY)] = 1.0;
+  return true;
+}
+
+// Of path values that are numbers the row is computed here.
+inline bool end_ddim(PackedRow& row) {
+  const auto formula = static_cast<Formula>(row.formula);
+  for (int p = 0; p < kPathCells; ++p) {
+    if (!row.by_tensor(kMaxCells + p)) continue;
+    row.draws = row.uses(kMaxCells + kPathCells - 1);
+    return true;
+  }
+  if (!ddim_holds(formula, row.cells.data() + kMaxCells)) return false;
+  row.formula = 0;
+  ddim_cells(formula, row.cells.data() + kMaxCells, row.use_pred, row.cells.data());
+  row.cells.resize(static_cast<size_t>(PackedRow::first(row.n_out)));
+  row.draws = row.cells[kFirstOut + kOutZ] != 0.0;
+  return true;
+}
+
 inline bool read_ddim_row(PyObject* object, PackedRow& row) {
   static const std::array<PyObject*, 5> path{interned("alpha_t"), interned("sigma_t"), interned("alpha_s"),
                                              interned("sigma_s"), interned("eta")};
@@ -184,34 +220,14 @@ inline bool read_ddim_row(PyObject* object, PackedRow& row) {
                          *const pred_name = interned("return_pred"), *const prediction_name = interned("prediction");
   const py::object clip = attribute(object, clip_name), guidance = attribute(object, guidance_name),
                    pred = attribute(object, pred_name), prediction = attribute(object, prediction_name);
-  if (!clip || !guidance || !pred || !prediction || !PyUnicode_Check(prediction.ptr())) return false;
-  const auto is = [&](const char* word) { return PyUnicode_CompareWithASCIIString(prediction.ptr(), word) == 0; };
-  const Formula formula = is("epsilon")  ? Formula::ddim_epsilon
-                          : is("v")      ? Formula::ddim_v
-                          : is("sample") ? Formula::ddim_sample
-                                         : Formula::none;
-  if (formula == Formula::none || !PyBool_Check(pred.ptr())) return false;
-  row.n_out = pred.ptr() == Py_True ? 2 : 1;
-  row.use_pred = pred.ptr() == Py_True || clip.ptr() != Py_None;
-  row.cells.assign(kAllCells, 0.0);
-  if (!read_clip(clip.ptr(), row)) return false;
-  if (pred.ptr() == Py_True) row.cells[static_cast<size_t>(PackedRow::first(1) + kOutY)] = 1.0;
-  if (!read_guidance(guidance.ptr(), row)) return false;
-  const size_t before = row.where.size();
+  if (!clip || !guidance || !pred || !prediction) return false;
+  if (!begin_ddim(prediction.ptr(), pred.ptr(), clip.ptr() != Py_None, row)) return false;
+  if (!read_clip(clip.ptr(), row) || !read_guidance(guidance.ptr(), row)) return false;
   for (int p = 0; p < kPathCells; ++p) {
     const py::object value = attribute(object, path[static_cast<size_t>(p)]);
     if (!value || !read_cell(value.ptr(), kMaxCells + p, row)) return false;
   }
-  if (row.where.size() != before) {
-    row.formula = static_cast<int64_t>(formula);
-    row.draws = row.uses(kMaxCells + kPathCells - 1);
-    return true;
-  }
-  if (!ddim_holds(formula, row.cells.data() + kMaxCells)) return false;
-  ddim_cells(formula, row.cells.data() + kMaxCells, row.use_pred, row.cells.data());
-  row.cells.resize(static_cast<size_t>(PackedRow::first(row.n_out)));
-  row.draws = row.cells[kFirstOut + kOutZ] != 0.0;
-  return true;
+  return end_ddim(row);
 }
 
 inline bool read_row(PyObject* object, PackedRow& row) {

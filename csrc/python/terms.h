@@ -5,6 +5,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "../faces/numbers.h"
 #include "row.h"
@@ -99,10 +100,8 @@ inline bool set_terms(PyObject* x, PyObject* m, PyObject* m_uncond, PyObject* h,
   return true;
 }
 
-// The row, and what it asks of the terms: as fused._checked and fused._call have it.
-inline bool set_row(PyObject* object, PyObject* noise, int64_t draw_kind, Terms& t) {
-  PackedRow row;
-  if (!read_row(object, row)) return false;
+// A row, and what it asks of the terms: as fused._checked and fused._call have it.
+inline bool set_packed(PackedRow&& row, PyObject* noise, int64_t draw_kind, Terms& t) {
   if (row.n_h > static_cast<int>(t.call.h.size())) return false;
   if (t.m_uncond == nullptr ? row.cells[kW] != 1.0 || row.by_tensor(kW) : t.m == nullptr) return false;
   if ((t.m == nullptr && row.uses_term(1)) || (t.x == nullptr && row.uses_term(0))) return false;
@@ -127,6 +126,11 @@ inline bool set_row(PyObject* object, PyObject* noise, int64_t draw_kind, Terms&
   t.call.cells = std::move(row.where);
   t.call.scales = std::move(row.scales);
   return true;
+}
+
+inline bool set_row(PyObject* object, PyObject* noise, int64_t draw_kind, Terms& t) {
+  PackedRow row;
+  return read_row(object, row) && set_packed(std::move(row), noise, draw_kind, t);
 }
 
 // A call laid out before: its numbers, and its tensors in the order of genkern/spec.py.

@@ -176,7 +176,7 @@ def on_residual(
 def _on(gamma: Tensor, device: torch.device, dtype: torch.dtype, tables: dict[Any, Any]) -> Tensor:
     """gamma on a device. One of the host, which every loss is given anew, is known again by its numbers: a copy of it
     from pageable memory waits for the device."""
-    if gamma.device.type != "cpu" or not check._visible(gamma):
+    if gamma.device.type != "cpu" or not check.visible(gamma):
         return gamma.to(device, dtype)
     if len(tables) > COPIES:
         tables.clear()
