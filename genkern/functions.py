@@ -22,6 +22,7 @@ from .calls import (
     run_map_out,
     run_numbers,
     run_quantile,
+    run_ready,
     run_reduce,
     run_stat,
     transformed,
@@ -34,8 +35,9 @@ from .reference import formula as reference
 from .spec import FIRST_VALUE, KNOWN, M_UNCOND, TABLE, Spec, V, invoke, unpacked
 
 __all__ = [
-    "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready", "reduce_rows",
-    "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_stat", "sample_losses",
+    "CODES", "differentiable_formula", "differentiated", "direct", "map_rows", "map_rows_out", "ready",
+    "reduce_rows", "refuse_derivatives", "refuse_gradient", "run_numbers", "run_quantile", "run_ready", "run_stat",
+    "sample_losses",
 ]  # fmt: skip
 
 
