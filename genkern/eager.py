@@ -38,7 +38,7 @@ def connect(map_function: Any, reduce_function: Any, loss_function: Any) -> None
         "empty": torch.empty,
         "empty_like": torch.empty_like,
         "empty_strided": torch.empty_strided,
-        "is_neg": torch.is_neg,
+        "is_neg": torch.Tensor.is_neg,
         "increment_version": torch._C._increment_version,
         "functorch": torch._C._functorch.peek_interpreter_stack,
         "tracing": torch._C._get_tracing_state,

@@ -79,18 +79,17 @@ class Update:
     _tensors: tuple[Any, ...]  # of the call, None for what a step hands over
     _copy: Row | RowTable | None
     _copied: tuple[Tensor, ...]
-    _noise: Noise | None
+    _drawn: Drawn | None
     _by_sample: BySample | None
     _numbers: bytes | None  # of the call, packed, where its coefficients are known
 
     def __init__(self, buffers: Buffers, layout: Layout, i: int, drawn: Drawn | None, live: Live | None = None) -> None:
         self._buffers, self._layout, self._copy = buffers, layout, layout.copy
-        self._spec, self._tensors, self._noise = layout.spec, layout.tensors, None
+        self._spec, self._tensors, self._drawn = layout.spec, layout.tensors, drawn
         self._by_sample, self._numbers = None, None
         if layout.draw is not None and drawn is not None:
-            purpose, step = layout.draw
-            self._noise = drawn.noise.at(purpose, step if live is None else 0)
-            self._spec = layout.spec._replace(key=(*drawn.key[:2], self._noise.draw))
+            draw = layout.spec.key[2] if live is None else drawn.noise.at(layout.draw[0]).draw
+            self._spec = layout.spec._replace(key=(*drawn.key[:2], draw))
             self._tensors = _with(layout.tensors, {DEVICE_KEY: drawn.device_key, SAMPLE_IDS: drawn.sample_ids})
         if not buffers.reused:
             return
@@ -179,8 +178,9 @@ class Update:
         if not self._buffers.reused:
             read = tuple([self._buffers.memory[slot] for slot in layout.stage.reads])
             row, m, m_uncond = self._differentiable(x, m, m_uncond, rescale)
+            drawn = None if layout.draw is None or self._drawn is None else self._drawn.noise.at(*layout.draw)
             terms = {"x": x, "m": m, "m_uncond": m_uncond, "h": read or (before,) * layout.n_h}
-            return self._anew(row, noise=self._noise if z is None else z, v=v, known=known, mask=keep, **terms)
+            return self._anew(row, noise=drawn if z is None else z, v=v, known=known, mask=keep, **terms)
         h = self._read or (before,) * layout.n_h
         bound = self._tensors
         tensors = [
