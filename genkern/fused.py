@@ -268,15 +268,13 @@ def _call(
     if packed.draws is False:
         z = None
     elif draws and z is None:
-        check.elements(given.shape)
         if noise is None:
+            check.elements(given.shape)
             if into is not None and not given.numpy:
                 _torch_side().refuse_derivatives(into, (*given.arrays, packed.table, *packed.values))
             noise = Noise.fresh(torch_governs=not given.numpy)
         draw = 2 if uniform else 1
-        key, device_key = _key(noise, given.numpy, given.device)
-        if noise.sample_ids is not None:
-            sample_ids = check.sample_ids(noise.sample_ids, given.shape[0], given.numpy, given.device)
+        key, device_key, sample_ids = source(noise, given.shape, given.numpy, given.device)
 
     row, values, cells, scales, formula = packed.row, packed.values, packed.cells, packed.scales, packed.formula
     if values and given.numpy:
@@ -302,6 +300,18 @@ def _ready(value: Any) -> Any:
     import numpy
 
     return numpy.ascontiguousarray(value, dtype=None if value.dtype.itemsize >= 4 else numpy.float32)
+
+
+def source(noise: Noise, shape: tuple[int, ...], numpy: bool, device: Any) -> tuple[tuple[int, ...], Any, Any]:
+    """Where a call of a shape takes its noise from: key, device_key and sample_ids, as _key and the kernels have them.
+
+    Raises:
+        ValueError: more elements a sample than noise has, or other sample ids than shape[0].
+    """
+    check.elements(shape)
+    ids = noise.sample_ids
+    key, device_key = _key(noise, numpy, device)
+    return key, device_key, None if ids is None else check.sample_ids(ids, shape[0], numpy, device)
 
 
 def _key(noise: Noise, numpy: bool, device: Any) -> tuple[tuple[int, ...], Any]:

@@ -134,7 +134,7 @@ inline PyObject* ddim(PyObject*, PyObject* const* given, Py_ssize_t n) {
   });
 }
 
-// map_numbers(numbers, out, tensors): calls.run_numbers, True, or None.
+// map_numbers(numbers, out, tensors): calls.run_ready, True, or None.
 inline PyObject* map_numbers(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
     if (n != 3 || !undisturbed()) return {};
@@ -148,6 +148,7 @@ inline PyObject* map_numbers(PyObject*, PyObject* const* given, Py_ssize_t n) {
       if (!plain_view(PySequence_Fast_GET_ITEM(out, j), view)) return {};
       t.call.out.push_back(view);
     }
+    if (!outputs_certainly_apart(t.call)) return {};
     return launch_map(make_args(t.call), like_of(t.call)) ? py::bool_(true) : py::object();
   });
 }

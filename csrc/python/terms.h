@@ -190,7 +190,7 @@ inline bool certainly_apart(const View& out, const View& in, bool may_be_same) {
 inline bool outputs_certainly_apart(const Call& call) {
   for (size_t j = 0; j < call.out.size(); ++j) {
     const View& out = call.out[j];
-    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z})
+    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z, &call.v, &call.known})
       if (*in && !certainly_apart(out, **in, true)) return false;
     for (const View& in : call.h)
       if (!certainly_apart(out, in, true)) return false;

@@ -28,7 +28,8 @@ from ..samplers import loop, network
 from ..samplers.callback import STOP, observe
 from ..samplers.editing import Inpaint, weights_of
 from ..samplers.guidance import Outputs
-from ..samplers.passes import Buffers, First, Live, Update
+from ..samplers.layout import layouts
+from ..samplers.passes import Buffers, Drawn, First, Live, Update
 from . import conditions
 from .capture import Capture, Graph
 from .moments import Moment, Moments
@@ -108,9 +109,11 @@ class Plan:
         self._noise = Noise(0, sample_ids=self._ids)  # its seed is the moment's
         self._first = First(task, self._buffers, self._noise, self._moments.of(0).key)
         self._from_noise = task.start is None
+        laid_out = layouts(task, self._guidance)
+        self._drawn = Drawn.of(self._noise, laid_out, self._buffers)
         self._passes = [
-            Update(task, self._buffers, i, self._noise, self._guidance, Live(self._moments.of(i).key))
-            for i in range(len(self._stages))
+            Update(self._buffers, layout, i, self._drawn, Live(self._moments.of(i).key))
+            for i, layout in enumerate(laid_out)
         ]
         self._draws = task.scale != 0.0 or any(update.draws for update in self._passes)
         self._steps: dict[Hashable, _Step] = {}
@@ -130,6 +133,7 @@ class Plan:
         ]  # fmt: skip
         arithmetic = torch.float64 if self._dtype == torch.float64 else torch.float32
         now, n_rows = self._moments.now, self._moments.now.rows.numel()
+        laid_out = layouts(task, None if self._guidance is None else 1.0)  # a placeholder: the table has the scale
         for i, kind in enumerate(kinds):
             if kind not in self._steps:
                 alike = [update if other == kind else None for update, other in zip(self._passes, kinds, strict=True)]
@@ -142,8 +146,7 @@ class Plan:
                 if self._passes[i].copy_cells is not None:
                     copies = _table(copied, arithmetic, task.device)
                 live = Live(now.key, table, now.rows, copies, now.stage)
-                scale = None if self._guidance is None else 1.0  # a placeholder: the table has the scale
-                update = Update(task, self._buffers, i, self._noise, scale, live)
+                update = Update(self._buffers, laid_out[i], i, self._drawn, live)
                 self._steps[kind] = _Step(i, update, [table] if copies is None else [table, copies])
             self._step_of.append(self._steps[kind])
 

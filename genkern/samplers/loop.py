@@ -31,7 +31,8 @@ from .callback import STOP, Callback, bar, observe
 from .editing import EditingOptions, Inpaint
 from .energy import Guide, GuideOptions, Steered
 from .guidance import GuidanceOptions, Guided, Outputs
-from .passes import Buffers, Update
+from .layout import layouts, outputs
+from .passes import Buffers, Drawn, Update
 from .table import Stage
 
 if TYPE_CHECKING:
@@ -380,18 +381,22 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
     if task.numbered:
         numbers = torch.arange(len(task.stages), device=task.device).split(1)
     buffers = Buffers(task, part.n)
-    updates = [Update(task, buffers, i, part.noise, part.guidance) for i in range(len(task.stages))]
+    laid_out = layouts(task, part.guidance)
+    drawn = Drawn.of(part.noise, laid_out, buffers)
+    updates = [Update(buffers, layout, i, drawn) for i, layout in enumerate(laid_out)]
 
     x, seen = begin(task, part, buffers)
-    outputs = Outputs(task, part.n, x) if part.guide is None else Steered(task, part.n, x, part.guide)
+    asked = Outputs(task, part.n, x) if part.guide is None else Steered(task, part.n, x, part.guide)
     kept = [x.clone()] if task.return_trajectory else []
-    before = x
+    before, watched = x, task.watched
     for i, (stage, update, t) in enumerate(zip(task.stages, updates, instants, strict=True)):
-        m, m_uncond, rescale = outputs(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
+        m, m_uncond, rescale = asked(task.model, i, numbers[i], x, seen, t, part.cond, part.guidance)
         v = None if stage.log_scale is None else network.range_of(task.model, part.n, task.dtype)
-        z = given_noise(task, part, stage)
+        z = None if task.step_noise is None else given_noise(task, part, stage)
         before, (x, seen) = x, update(x, m, m_uncond, before, z, rescale, v, part.inpaint)
-        changed = observe(task, stage, x, kept, tick) if task.watched else None
+        if not watched:
+            continue
+        changed = observe(task, stage, x, kept, tick)
         if changed is STOP:
             break
         if changed is not None:
@@ -402,7 +407,7 @@ def walk(task: Run, part: Part, tick: Callable[[], object]) -> tuple[Tensor, lis
 def begin(task: Run, part: Part, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """The initial state and the first network input, in one pass."""
     out, purpose = task.initial
-    row, noise = Row(buffers.outputs(out, task.stages[0].input_scale)), part.noise.at(purpose)
+    row, noise = Row(outputs(task, out, task.stages[0].input_scale)), part.noise.at(purpose)
     if task.start is None:
         return buffers.apply(row, -1, noise=noise, size=buffers.shape, device=task.device)
     return buffers.apply(row, -1, x=task.start[part.low : part.high], noise=noise if out.z else None)

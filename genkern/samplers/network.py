@@ -34,7 +34,8 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
         ValueError: the output has another shape or device than x. TypeError: it is no floating tensor.
         FloatingPointError: under gk.debug(values=True), input or output is not finite.
     """
-    _finite(name, "input", x)
+    if debug.values:
+        _finite(name, "input", x)
     out = model(x, t, **cond)
     if not isinstance(out, Tensor):
         out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", out)
@@ -44,9 +45,10 @@ def call(model: Any, x: Tensor, t: Tensor, cond: Mapping[str, Any], name: str = 
         raise ValueError(f"{name}: expected output of shape {tuple(x.shape)} like its input, got {tuple(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{name}: expected output on {x.device} like its input, got {out.device}")
-    if not check.is_float(out.dtype):
+    if out.dtype != x.dtype and not check.is_float(out.dtype):
         raise TypeError(f"{name}: expected output of {check.FLOATS}, got {out.dtype}")
-    _finite(name, "output", out)
+    if debug.values:
+        _finite(name, "output", out)
     return out
 
 
@@ -58,8 +60,8 @@ def range_of(model: Any, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(name: str, what: str, x: Tensor) -> None:
-    """FloatingPointError: a number of x is not finite, and gk.debug(values=True) asks."""
-    if not debug.values or check.compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """FloatingPointError: a number of x is not finite. Not asked of what is traced or captured."""
+    if check.compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if not bool(x.detach().isfinite().all()):
         raise FloatingPointError(f"{name}: expected finite numbers in its {what}, got NaN or infinite ones")
@@ -67,7 +69,7 @@ def _finite(name: str, what: str, x: Tensor) -> None:
 
 def at_most(m: Tensor, dtype: torch.dtype) -> Tensor:
     """m, rounded to dtype where it is of a higher precision: no term of a row may exceed the state's."""
-    return m.to(dtype) if m.dtype.itemsize > dtype.itemsize else m
+    return m if m.dtype == dtype or m.dtype.itemsize <= dtype.itemsize else m.to(dtype)
 
 
 def dtype_of(model: Any, default: torch.dtype) -> torch.dtype:

@@ -1,23 +1,34 @@
-"""The passes of the loop: each stage's row laid out over the loop's own buffers before the loop runs."""
+"""The passes of the loop: each stage's layout bound to the loop's own buffers before the loop runs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import check, functions
-from ..fused import apply_row, prepared
-from ..noise import Noise, Purpose
-from ..rows import MAX_OUTS, Coef, Elementwise, Out, Row, RowTable, pack
+from ..fused import apply_row, prepared, source
+from ..noise import Noise
+from ..rows import Coef, Out, Row, RowTable, pack
 from ..rows import times as scaled
-from ..spec import DEVICE_KEY, FIRST_H, FIRST_VALUE, INDEX, KNOWN, M_UNCOND, MASK, TABLE, M, V, X, Z, numbers
-from ..threshold import DynamicThreshold
-from . import editing
+from ..spec import (
+    DEVICE_KEY,
+    FIRST_H,
+    FIRST_VALUE,
+    INDEX,
+    SAMPLE_IDS,
+    TABLE,
+    Spec,
+    V,
+    X,
+    numbers,
+    packed,
+)
 from .by_sample import BySample
+from .layout import Layout, outputs
 
 if TYPE_CHECKING:
     from .editing import Inpaint
@@ -40,72 +51,79 @@ class Live(NamedTuple):
     stage: Tensor | None = None
 
 
+class Drawn(NamedTuple):
+    """A loop's noise, and how its passes take it: its key, and what of it lies on the device."""
+
+    noise: Noise
+    key: tuple[int, ...]
+    device_key: Tensor | None
+    sample_ids: Tensor | None
+
+    @classmethod
+    def of(cls, noise: Noise, layouts: Sequence[Layout], buffers: Buffers) -> Drawn | None:
+        """The noise of a loop of these passes; None where none of them draws."""
+        if all(layout.draw is None for layout in layouts):
+            return None
+        return cls(noise, *source(noise, buffers.shape, False, buffers.device))
+
+
 class Update:
-    """The pass after one network call. Into the loop's own buffers it is laid out before the loop: a step then fills in
-    its tensors and calls the kernel, and allocates and checks nothing but what the network and the caller hand over.
+    """The pass after one network call. Into the loop's own buffers it is laid out before the loop: a step then hands
+    over its tensors and calls the kernel, and allocates nothing but what the network and the caller do.
 
     A pass has at most three outputs: beside the state and the memory there may be no room for the network's input,
     which a second pass then copies from the state.
     """
 
-    def __init__(
-        self, task: Run, buffers: Buffers, i: int, noise: Noise, guidance: Any, live: Live | None = None
-    ) -> None:
-        stage = task.stages[i]
-        following = task.following(i)
-        clip = task.clip if stage.pred is not None else None
-        threshold = clip if isinstance(clip, DynamicThreshold) else None
-        outs, kept = buffers.outputs(stage.out, following), tuple(out for _, out in stage.keeps)
-        split = len(outs) + len(kept) > MAX_OUTS
-        self._copy: Row | RowTable | None = Row((Out(x=following),) * (len(outs) - 1)) if split else None
-        fused = outs[:1] if split else outs
-        guides = task.guided is not None and task.guided.fused and task.guided.on[i]
-        bounds = (-1.0, 1.0) if isinstance(clip, DynamicThreshold) else clip
-        weights = editing.weights_of(task, i)
-        elementwise = _elementwise(stage.log_scale, weights, following, len(fused), len(kept))
-        self._row = Row((*fused, *kept), stage.pred, bounds, guidance if guides else None, elementwise)
-        self._scales, self._blends = stage.log_scale is not None, weights is not None
-        self._dtypes = (task.dtype, *[task.model_dtype] * (len(fused) - 1), *[task.dtype] * len(kept))
-        self._buffers, self._n_h, self._reads = buffers, len(stage.out.h), stage.reads
-        self._keeps = tuple(slot for slot, _ in stage.keeps)
-        own = stage.out.z != 0.0
-        drawn = task.step_noise is None if own else weights is not None and weights[1] != 0.0
-        purpose, step = Purpose.STEP if own else Purpose.KNOWN, stage.step if live is None else 0
-        self._noise = noise.at(purpose, step) if drawn else None
-        self._text: str | None = None
-        self._threshold, self._by_sample = threshold, None
-        if buffers.reused:
-            written, self._result = buffers.written(i, len(outs))
-            self._copied = written[1:] if split else ()
-            self._outs = (*written[: len(fused)], *(buffers.memory[slot] for slot in self._keeps))
-            self._spec, self._tensors = prepared(self._row, self._noise, self._outs[0], self._n_h, self._dtypes)
-            rescales = guides and task.guided is not None and task.guided.rescale != 0.0
-            if rescales or threshold is not None:
-                tabulated = (None, None) if live is None else (live.table, live.rows)
-                self._by_sample = BySample(
-                    stage.pred,
-                    self._row.guidance,
-                    rescales,
-                    threshold,
-                    self._spec.row,
-                    len(self._row.outs),
-                    self._outs[0],
-                    *tabulated,
-                )
-            if live is not None:
-                self._bind(live)
-            elif self._by_sample is not None:
-                self._add_values(self._by_sample)
-            if functions.direct(task.device):
-                self._text = numbers(self._spec)
+    _spec: Spec
+    _tensors: tuple[Any, ...]  # of the call, None for what a step hands over
+    _copy: Row | RowTable | None
+    _copied: tuple[Tensor, ...]
+    _drawn: Drawn | None
+    _by_sample: BySample | None
+    _numbers: bytes | None  # of the call, packed, where its coefficients are known
 
-    def _bind(self, live: Live) -> None:
+    def __init__(self, buffers: Buffers, layout: Layout, i: int, drawn: Drawn | None, live: Live | None = None) -> None:
+        self._buffers, self._layout, self._copy = buffers, layout, layout.copy
+        self._spec, self._tensors, self._drawn = layout.spec, layout.tensors, drawn
+        self._by_sample, self._numbers = None, None
+        if layout.draw is not None and drawn is not None:
+            draw = layout.spec.key[2] if live is None else drawn.noise.at(layout.draw[0]).draw
+            self._spec = layout.spec._replace(key=(*drawn.key[:2], draw))
+            self._tensors = _with(layout.tensors, {DEVICE_KEY: drawn.device_key, SAMPLE_IDS: drawn.sample_ids})
+        if not buffers.reused:
+            return
+        self._outs, self._result = buffers.written(i, 1 + layout.inputs)
+        self._read = tuple([buffers.memory[slot] for slot in layout.stage.reads])
+        if layout.copy is not None:
+            self._outs, self._copied = self._outs[:1], self._outs[1:]
+        if layout.slots:
+            self._outs = (*self._outs, *[buffers.memory[slot] for slot in layout.slots])
+        if layout.rescales or layout.threshold is not None:
+            tabulated = (None, None) if live is None else (live.table, live.rows)
+            self._by_sample = BySample(
+                layout.row.pred,
+                layout.row.guidance,
+                layout.rescales,
+                layout.threshold,
+                self._spec.row,
+                len(layout.row.outs),
+                self._outs[0],
+                *tabulated,
+            )
+        if live is not None:
+            self._read_from(live)
+        elif self._by_sample is not None:
+            self._add_values(self._by_sample)
+        if buffers.direct and self._by_sample is None:
+            self._numbers = layout.numbers if self._spec is layout.spec else packed(self._spec)
+
+    def _read_from(self, live: Live) -> None:
         if self._spec.noise:
-            self._tensors[DEVICE_KEY] = live.key
+            self._tensors = _with(self._tensors, {DEVICE_KEY: live.key})
         if live.table is not None:
             self._spec = self._spec._replace(row=(), cells=(), scales=())
-            self._tensors[FIRST_VALUE:] = []
-            self._tensors[TABLE], self._tensors[INDEX] = live.table, live.rows
+            self._tensors = _with(self._tensors[:FIRST_VALUE], {TABLE: live.table, INDEX: live.rows})
         elif self._by_sample is not None:
             self._add_values(self._by_sample)
         if live.copies is not None:
@@ -128,10 +146,11 @@ class Update:
     @property
     def kind(self) -> Hashable:
         """What of a pass is no number: two of one kind, over the same buffers, differ in their rows alone."""
-        spec = self._spec
+        spec, stage = self._spec, self._layout.stage
         return (
-            spec.noise, spec.key, spec.use_pred, spec.dtypes, self._n_h, self._reads, self._keeps, self._scales,
-            spec.blended, self._copy is not None, tuple(out.data_ptr() for out in self._outs),
+            spec.noise, spec.key, spec.use_pred, spec.dtypes, self._layout.n_h, stage.reads, self._layout.slots,
+            stage.log_scale is not None, spec.blended, self._copy is not None,
+            tuple(out.data_ptr() for out in self._outs),
         )  # fmt: skip
 
     @property
@@ -154,60 +173,75 @@ class Update:
         rescale: Tensor | None = None, v: Tensor | None = None, inpaint: Inpaint | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new state and the next network input. rescale: a factor of m in every sample, float64 [n], or None."""
-        keep, known = inpaint if inpaint is not None and self._blends else (None, None)
-        memory = self._buffers.memory
-        h = tuple(memory[slot] for slot in self._reads) if self._reads else (before,) * self._n_h
+        layout = self._layout
+        keep, known = inpaint if inpaint is not None and layout.blends else (None, None)
         if not self._buffers.reused:
+            read = tuple([self._buffers.memory[slot] for slot in layout.stage.reads])
             row, m, m_uncond = self._differentiable(x, m, m_uncond, rescale)
-            noise = self._noise if z is None else z
-            return self._anew(row, x=x, m=m, m_uncond=m_uncond, h=h, noise=noise, v=v, known=known, mask=keep)
+            drawn = None if layout.draw is None or self._drawn is None else self._drawn.noise.at(*layout.draw)
+            terms = {"x": x, "m": m, "m_uncond": m_uncond, "h": read or (before,) * layout.n_h}
+            return self._anew(row, noise=drawn if z is None else z, v=v, known=known, mask=keep, **terms)
+        h = self._read or (before,) * layout.n_h
+        bound = self._tensors
+        tensors = [
+            x, m, z, m_uncond, *h, *bound[FIRST_H + len(h) : V], v, known, keep, *bound[FIRST_VALUE:],
+        ]  # fmt: skip
+        if self._numbers is None or not functions.run_ready(self._numbers, self._outs, tensors):
+            self._write(tensors, rescale)
+        if self._copy is not None:
+            apply_row(self._copy, x=self._outs[0], out=self._copied, dtypes=[out.dtype for out in self._copied])
+        return self._result
+
+    def _write(self, tensors: list[Any], rescale: Tensor | None) -> None:
+        """The pass where it is not ready, or goes through torch's dispatcher."""
+        x, m, z, m_uncond = tensors[:FIRST_H]
         for out in self._outs:
-            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z), ("v", v)))
-        tensors = self._tensors.copy()
-        tensors[X], tensors[M], tensors[Z], tensors[M_UNCOND] = x, m, z, m_uncond
-        tensors[V], tensors[KNOWN], tensors[MASK] = v, known, keep
-        if h:
-            tensors[FIRST_H : FIRST_H + len(h)] = h
+            check.separate((("out", out),), (("m", m), ("m_uncond", m_uncond), ("noise", z), ("v", tensors[V])))
         if self._by_sample is not None:
             if tensors[TABLE] is None:
                 tensors += self._by_sample.values(x, m, m_uncond, rescale)
             else:
                 tensors[TABLE], tensors[INDEX] = self._by_sample.rows(x, m, m_uncond, rescale), None
-        if self._text is None:
-            functions.map_rows_out(self._spec, self._outs, *tensors)
+        if self._buffers.direct:
+            functions.run_numbers(numbers(self._spec), self._outs, tensors)
         else:
-            functions.run_numbers(self._text, self._outs, tensors)
-        if self._copy is not None:
-            apply_row(self._copy, x=self._outs[0], out=self._copied, dtypes=[out.dtype for out in self._copied])
-        return self._result
+            functions.map_rows_out(self._spec, self._outs, *tensors)
 
     def _differentiable(
         self, x: Tensor, m: Tensor, m_uncond: Tensor | None, rescale: Tensor | None
     ) -> tuple[Row, Tensor, Tensor | None]:
         """The row and its network outputs where a gradient is kept: thresholded data take the place of m."""
-        row = self._row
+        row, threshold = self._layout.row, self._layout.threshold
         if rescale is not None:
             outs = tuple(dataclasses.replace(out, m=scaled(out.m, rescale)) for out in row.outs)
             pred = None if row.pred is None else (row.pred[0], scaled(row.pred[1], rescale))
             row = dataclasses.replace(row, outs=outs, pred=pred)
-        if self._threshold is None:
+        if threshold is None:
             return row, m, m_uncond
         assert row.pred is not None
         a, b = row.pred
         of_data = Row((Out(x=a, m=b),), guidance=row.guidance)
-        (y,) = apply_row(of_data, x=x, m=m, m_uncond=m_uncond, dtypes=(self._dtypes[0],))
-        return Row(row.outs, (0.0, 1.0), elementwise=row.elementwise), self._threshold.applied(y), None
+        (y,) = apply_row(of_data, x=x, m=m, m_uncond=m_uncond, dtypes=(self._layout.dtypes[0],))
+        return Row(row.outs, (0.0, 1.0), elementwise=row.elementwise), threshold.applied(y), None
 
     def _anew(self, row: Row, **terms: Any) -> tuple[Tensor, Tensor]:
         """The same into new tensors, where a gradient is kept."""
-        outs = apply_row(row, dtypes=self._dtypes, **terms)
-        first_kept = len(outs) - len(self._keeps)
-        for slot, kept in zip(self._keeps, outs[first_kept:], strict=True):
+        outs, slots = apply_row(row, dtypes=self._layout.dtypes, **terms), self._layout.slots
+        first_kept = len(outs) - len(slots)
+        for slot, kept in zip(slots, outs[first_kept:], strict=True):
             self._buffers.memory[slot] = kept
         inputs = outs[1:first_kept]
         if self._copy is not None:
             inputs = apply_row(self._copy, x=outs[0], dtypes=(self._buffers.model_dtype,))
         return self._buffers.joined(outs[0], inputs)
+
+
+def _with(tensors: tuple[Any, ...], others: Mapping[int, Any]) -> tuple[Any, ...]:
+    """A call's tensors with others in some places."""
+    found = list(tensors)
+    for place, tensor in others.items():
+        found[place] = tensor
+    return tuple(found)
 
 
 class First:
@@ -219,7 +253,7 @@ class First:
 
     def __init__(self, task: Run, buffers: Buffers, noise: Noise, key: Tensor) -> None:
         out, purpose = task.initial
-        row = Row(buffers.outputs(out, task.stages[0].input_scale))
+        row = Row(outputs(task, out, task.stages[0].input_scale))
         drawn = noise.at(purpose) if out.z else None
         self._outs, _ = buffers.written(-1, len(row.outs))
         dtypes = [out.dtype for out in self._outs]
@@ -238,19 +272,6 @@ class First:
             functions.run_numbers(self._text, self._outs, tensors)
 
 
-def _elementwise(
-    log_scale: tuple[float, float] | None, weights: tuple[float, float] | None, following: float | None, n_fused: int,
-    n_kept: int,
-) -> Elementwise | None:  # fmt: skip
-    """Of a stage's pass: the state and the network's inputs, `following` times it, are blended; what is kept is not."""
-    if weights is None:
-        return None if log_scale is None else Elementwise(log_scale)
-    alpha, sigma = weights
-    c = 1.0 if following is None else following
-    inputs = ((c * alpha, c * sigma),) * (n_fused - 1)
-    return Elementwise(log_scale, (weights, *inputs, *(None,) * n_kept))
-
-
 class Buffers:
     """Where the states and the network's inputs are written: by turns into two of each, so that no pass writes what
     it, or a view that the network returned, reads. A row with h writes over h, the state before last: element by
@@ -258,7 +279,8 @@ class Buffers:
     writes anew."""
 
     def __init__(self, task: Run, n: int) -> None:
-        self.shape = (n, *task.shape[1:])
+        self.shape, self.device = (n, *task.shape[1:]), task.device
+        self.direct = functions.direct(task.device)
         self._halves = task.halves
         self._separate, self.reused = task.separate, not task.differentiable
         self._dtype, self.model_dtype = task.dtype, task.model_dtype
@@ -274,14 +296,6 @@ class Buffers:
                 size = (self._halves * n, *self.shape[1:])
                 self._inputs = [torch.empty(size, dtype=task.model_dtype, device=task.device) for _ in range(2)]
                 self._halved = [seen.chunk(self._halves) for seen in self._inputs]
-
-    def outputs(self, out: Out, following: float | None) -> tuple[Out, ...]:
-        """The state's row, and the next input's: the same, scaled; twice under guidance where it fills a buffer."""
-        if following is None or not self._separate:
-            return (out,)
-        c = following
-        scaled = Out(y=c * out.y, x=c * out.x, m=c * out.m, h=tuple(c * k for k in out.h), z=c * out.z)
-        return (out, *[scaled] * (self._halves if self.reused else 1))
 
     def apply(self, row: Row, stage: int, **terms: Any) -> tuple[Tensor, Tensor]:
         """The new state and the next network input."""

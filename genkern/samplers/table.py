@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..rows import Out
 from .parameterization import OnPath, Parameterization
 
 KEPT = 16  # tables of a path
+LAID_OUT = 2  # ways in which a table is laid out, of some 2 KB a stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,17 @@ def stage(
     return Stage(network.model_time(t), network.input_scale(t), out, pred, step, time, reads, keeps, t)
 
 
+class Table(tuple[Stage, ...]):
+    """Stages that are kept, and with them how their passes are laid out (layout.py).
+
+    Args:
+        stages: of a sampler.
+    """
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.laid_out: dict[Hashable, Any] = {}
+
+
 def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> Sequence[Stage]:
     """sampler.stages(network, grid), which is made once and kept for as long as the path lives: to tabulate takes
     longer than a captured loop over a small network.
@@ -89,16 +101,24 @@ def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> 
     if any(part is None for part in parts):
         return sampler.stages(network, grid)
     key = (*(_identified(part) for part in parts), grid.tobytes())
-    tables = _tables.setdefault(owner, {})
-    if key not in tables:
-        made = tuple(sampler.stages(network, grid))
-        for oldest in list(tables)[: max(len(tables) - KEPT + 1, 0)]:
+    # With what it was made from, so that an identity is not used again.
+    made: Table
+    made, _ = once(_tables.setdefault(owner, {}), key, lambda: (Table(sampler.stages(network, grid)), parts), KEPT)
+    return made
+
+
+def once(tables: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], most: int) -> Any:
+    """What a key stands for, made when first asked for; the newest `most` of them are kept."""
+    found = tables.get(key)
+    if found is None:
+        made = make()
+        for oldest in list(tables)[: max(len(tables) - most + 1, 0)]:
             tables.pop(oldest, None)
-        return tables.setdefault(key, (made, parts))[0]  # with what it was made from: an identity is not used again
-    return tables[key][0]
+        found = tables.setdefault(key, made)
+    return found
 
 
-_tables: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[Sequence[Stage], Any]]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
 def _held(value: Any, but: Any = None) -> tuple[Any, ...] | None:

@@ -1,0 +1,133 @@
+"""The passes of a loop are laid out once for a table of stages; a step asks torch for its pass alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from eager_ways import connected, slow, taken
+from watching import Calls
+
+import genkern as gk
+from genkern import check
+from genkern.samplers import layout
+
+SHAPE = (3, 4, 2)
+
+
+def wavy(x, t, **cond):
+    return torch.sin(x + t.to(x.dtype)[:, None, None])
+
+
+def guided(x, t, label):
+    return wavy(x, t) * label[:, None, None]
+
+
+def laid_out(monkeypatch, run):
+    """How many rows a call lays out."""
+    count, real = [], layout.prepared
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "prepared", lambda *a: count.append(1) or real(*a))
+        run()
+    return len(count)
+
+
+@pytest.mark.parametrize("sampler, draws", [("ddim", False), ("dpmpp_2m", False), ("ddpm", True), ("heun", False)])
+def test_a_second_loop_lays_nothing_out_and_has_the_bits_of_the_first(sampler, draws, monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+
+    def run(seed, start=x):
+        return diffusion.sample(wavy, noise=start, steps=6, sampler=sampler, seed=seed)
+
+    def anew(seed):
+        return gk.Diffusion().sample(wavy, noise=x, steps=6, sampler=sampler, seed=seed)
+
+    first = run(1)
+    assert laid_out(monkeypatch, lambda: run(2)) == laid_out(monkeypatch, lambda: run(1, x[:2])) == 0
+    assert torch.equal(run(1), first)
+    assert torch.equal(run(2), anew(2))
+    assert torch.equal(run(2), first) is not draws
+
+
+def test_another_way_of_running_a_table_is_laid_out_anew():
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+    cond = {"cond": {"label": torch.full((3,), 2.0)}, "uncond": {"label": torch.zeros(3)}}
+    known = {"mask": torch.rand(SHAPE) < 0.5, "known": torch.randn(SHAPE)}
+    ways = [
+        {},
+        {"clip": 1.0},
+        {"clip": 0.5},
+        {"clip": gk.DynamicThreshold(0.9)},
+        {"model_dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+        {"differentiable": True},
+        {"step_noise": torch.randn(6, *SHAPE)},
+        known,
+        *({**cond, "guidance_scale": w} for w in (1.5, 3.0, torch.tensor([1.0, 2.0, 3.0]))),
+        {**cond, "guidance_scale": 1.5, "guidance_rescale": 0.7},
+        {**cond, "guidance_scale": 1.5, "guidance_interval": (0.0, 500.0)},
+    ]
+
+    def run(by, way):
+        network = guided if "cond" in way else wavy
+        return by.sample(network, noise=x, steps=6, sampler="ddpm", seed=0, **way)
+
+    for way in [*ways, *reversed(ways)]:
+        assert torch.equal(run(diffusion, way), run(gk.Diffusion(), way))
+
+
+@pytest.mark.parametrize("sampler, passes", [("euler", 1), ("heun", 2), ("ab2", 1), ("rk4", 4)])
+def test_a_step_asks_torch_for_its_passes_alone(sampler, passes):
+    flow, x0 = gk.FlowMatching(), torch.randn(SHAPE)
+
+    def asked(steps):
+        flow.sample(lambda x, t: x, x0=x0, steps=steps, sampler=sampler)
+        with Calls() as calls:
+            flow.sample(lambda x, t: x, x0=x0, steps=steps, sampler=sampler)
+        return sorted(calls.names)
+
+    few, many = asked(4), asked(9)
+    assert many == sorted([*few, *["map_numbers" if "map_numbers" in few else "map"] * (5 * passes)])
+
+
+@connected
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_3m", "unipc"])
+def test_a_step_goes_past_the_dispatcher_and_is_checked_there(sampler, monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+
+    def run():
+        return diffusion.sample(wavy, noise=x, steps=7, sampler=sampler, seed=0)
+
+    expected = slow(run)
+    monkeypatch.setattr(check, "separate", lambda *a: pytest.fail("a pass was checked in Python"))
+    assert taken(run) == 1 + 7
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+        lambda x: torch.complex(x, -x).conj().imag,
+        lambda x: torch.nn.Parameter(x.clone()),
+        lambda x: x.double(),
+        lambda x: x.view(SHAPE),
+    ],
+    ids=["transposed", "strided", "negative", "parameter", "double", "view of the input"],
+)
+def test_whatever_holds_the_networks_output_the_numbers_are_the_same(returned):
+    flow, x0 = gk.FlowMatching(), torch.randn(SHAPE)
+    expected = flow.sample(lambda x, t: x.clone(), x0=x0, steps=5, sampler="heun")
+    assert torch.equal(flow.sample(lambda x, t: returned(x), x0=x0, steps=5, sampler="heun"), expected)
+
+
+def test_an_output_that_overlaps_the_next_state_is_refused():
+    seen = []
+
+    def network(x, t):
+        seen.append(x)
+        state = seen[0].reshape(-1)  # where the second call's pass writes
+        return x.clone() if len(seen) == 1 else torch.as_strided(state, (2, 3), (1, 1), state.storage_offset() + 1)
+
+    with pytest.raises(ValueError, match="out: expected m itself or memory apart from it, got a partial overlap"):
+        gk.FlowMatching().sample(network, x0=torch.randn(2, 3), steps=4, sampler="euler")
