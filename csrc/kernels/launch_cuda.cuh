@@ -188,6 +188,25 @@ inline uint64_t cells_in_row(const RowSource& source) {
   return found;
 }
 
+// Has each thread read its sample's row for itself, if float32 can: every number is one, and so is its scale. A product
+// of two of them is exact in float64, where the row is computed elsewhere, so that both ways round it once.
+template <typename Acc>
+bool set_direct(const RowSource& source, Acc* own, LinearPass<Acc>& pass) {
+  if (source.table != nullptr || source.formula != Formula::none || source.n_values == 0) return false;
+  for (int k = 0; k < source.n_values; ++k) {
+    const Value& value = source.values[k];
+    const bool exact = value.dtype == DType::f32 && static_cast<double>(static_cast<float>(value.scale)) == value.scale;
+    if (!exact || value.stride < 0 || value.stride > 1) return false;
+  }
+  for (int k = 0; k < source.n_values; ++k) {
+    const Value& value = source.values[k];
+    pass.numbers[value.cell] = static_cast<const float*>(value.data);
+    own[value.cell] = static_cast<Acc>(value.scale);
+    if (value.stride == 1) pass.along |= uint64_t{1} << value.cell;
+  }
+  return true;
+}
+
 template <typename Acc>
 void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
   for (int k = 0; k < kArrays; ++k) {
@@ -259,6 +278,13 @@ Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pa
   if constexpr (V::Facts::kElementwise) {
     for (int c = 0; c < kRowCells; ++c) pass.row[c] = static_cast<Acc>(args.rows.base[c]);
     pass.blended = args.blended;
+  }
+  if constexpr (V::Facts::kCopied && V::kLayout == Layout::linear) {
+    if constexpr (V::Facts::kElementwise) {
+      pass.direct = set_direct(args.rows, pass.row, pass);
+    } else {
+      pass.direct = set_direct(args.rows, pass.cells, pass);
+    }
   }
   if constexpr (V::kLayout != Layout::linear) {
     pass.ndim = walk.ndim;

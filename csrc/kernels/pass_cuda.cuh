@@ -32,9 +32,18 @@ struct Pass {
   bool use_pred, by_sample;
   uint64_t in_row;       // bits, by cell: those that differ by sample; the others are in cells
   Acc cells[kMaxCells];  // the row of every sample
+  bool direct;           // each thread reads its sample's row for itself
   NoiseSource noise;
   PhiloxRounds keys;  // of the noise, where its key is not in device memory
   RowSource rows;
+};
+
+// A pass whose walk is linear, and what a thread reads if its row is direct: by cell, a number a sample, or one for all
+// of them, or null.
+template <typename Acc>
+struct LinearPass : Pass<Acc> {
+  uint64_t along;  // bits, by cell: a number a sample
+  const float* numbers[kRowCells];
 };
 
 // A pass whose walk is not linear.
@@ -101,14 +110,15 @@ __device__ __forceinline__ void read_row(const RowSource& source, const RowPlace
   }
 }
 
-// Brings into shared memory what is not among the pass's own numbers: the rows of the block's samples, and the keys of
-// noise whose seed is in device memory. Every thread of the block calls it.
+// Brings into shared memory what is not among the pass's own numbers: the rows of the block's samples, unless threads
+// read them for themselves, and the keys of noise whose seed is in device memory. Every thread of the block calls it.
 template <bool kDraw, typename Acc, int kCells>
 __device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells>& shared) {
   const int64_t* seed = kDraw ? pass.noise.device_key : nullptr;
-  if (!pass.by_sample && seed == nullptr) return;
+  const bool by_sample = pass.by_sample && !pass.direct;
+  if (!by_sample && seed == nullptr) return;
   const RowPlace place(pass.rows);
-  if (pass.by_sample && b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
+  if (by_sample && b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
   if (pass.rows.formula != Formula::none) {
     __syncthreads();  // a formula's cells come over values
     if (place.first == 0 && b < pass.batch) formula_cells(pass.rows, b, pass.use_pred, shared.rows[place.place]);

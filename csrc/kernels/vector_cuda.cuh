@@ -60,14 +60,36 @@ struct Lying {
   __device__ __forceinline__ Acc operator[](int k) const { return (in_row >> k & 1u) != 0 ? row[k] : own[k]; }
 };
 
+// A pass's cells where a number of a cell stands as it is, to be scaled by the pass's own: each thread asks for those
+// that it uses at once, and for its vectors beside them. Through shared memory a warp would wait three times in the
+// same queue, to load, to store and to load again.
+template <typename Acc>
+struct Direct {
+  const float* const* numbers;
+  const Acc* own;
+  uint64_t along;
+  int64_t b;
+
+  __device__ __forceinline__ Acc operator[](int k) const {
+    const float* const number = numbers[k];
+    return number != nullptr ? own[k] * static_cast<Acc>(number[(along >> k & 1u) != 0 ? b : 0]) : own[k];
+  }
+};
+
 // The cells that a known pass uses, in registers.
 template <typename Acc, typename Facts, bool kCopied = Facts::kCopied>
 struct Cells {
   Acc c[Facts::kElementwise ? kRowCells : kMaxCells];
 
   template <typename P, typename S>
-  __device__ __forceinline__ Cells(const P& pass, const S& shared) {
+  __device__ __forceinline__ Cells(const P& pass, const S& shared, int64_t b) {
     const Lying<Acc> lying(Facts(), pass, shared);
+    if constexpr (std::is_base_of_v<LinearPass<Acc>, P>) {
+      if (pass.direct) {
+        copy(pass, Direct<Acc>{pass.numbers, lying.own, pass.along, b < pass.batch ? b : 0});
+        return;
+      }
+    }
     pass.by_sample ? copy(pass, lying) : copy(pass, lying.own);
   }
   template <typename P, typename From>
@@ -97,7 +119,7 @@ struct Cells {
 template <typename Acc, typename Facts>
 struct Cells<Acc, Facts, false> : Lying<Acc> {
   template <typename P, typename S>
-  __device__ __forceinline__ Cells(const P& pass, const S& shared) : Lying<Acc>(Facts(), pass, shared) {}
+  __device__ __forceinline__ Cells(const P& pass, const S& shared, int64_t) : Lying<Acc>(Facts(), pass, shared) {}
 };
 
 // kVec elements of sample b from e on, `count` of which exist.
@@ -106,7 +128,7 @@ struct Vector {
   using Acc = Acc_;
   using Facts = Facts_;
   static constexpr Layout kLayout = kLayout_;
-  using Laid = std::conditional_t<kLayout == Layout::linear, genkern::Pass<Acc>, StridedPass<Acc>>;
+  using Laid = std::conditional_t<kLayout == Layout::linear, LinearPass<Acc>, StridedPass<Acc>>;
   using Pass = std::conditional_t<Facts::kElementwise, ElementwisePass<Acc, Laid>, Laid>;
   using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;

@@ -58,7 +58,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
     scales = pass.by_sample && pass.data[kX] == pass.data[kInputs] && pass.dtype[kX] == pass.dtype[kInputs];
     if (scales) {
       share<false>(pass, b, shared);
-      if (b >= pass.batch || Cells<Acc, typename V::Facts>(pass, shared)[kFirstOut + kOutX] == Acc(1)) return;
+      if (b >= pass.batch || Cells<Acc, typename V::Facts>(pass, shared, b)[kFirstOut + kOutX] == Acc(1)) return;
     }
   }
   V vectors[kUnroll];
@@ -70,7 +70,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
   };
   fetch();
   if (!scales) share<V::Facts::kDraw>(pass, b, shared);
-  const Cells<Acc, typename V::Facts> cells(pass, shared);
+  const Cells<Acc, typename V::Facts> cells(pass, shared, b);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   for (int done = 1;; ++done) {
 #pragma unroll
@@ -126,7 +126,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
     for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
   }
   share<true>(pass, b, shared);
-  const Cells<Acc, typename V::Facts> cells(pass, shared);
+  const Cells<Acc, typename V::Facts> cells(pass, shared, b);
   const Quads<typename V::Facts, Acc> quads(pass, shared, b);
   const auto first = static_cast<uint32_t>((index_of(pass, outer, 0, pass.quad - 1) + pixel) / 4);
   const auto run = static_cast<uint32_t>(pass.run);

@@ -76,6 +76,7 @@ struct Pass {
   std::vector<float> table32;
   std::vector<int64_t> index, ids, key;
   std::vector<std::vector<double>> values;
+  std::vector<std::vector<float>> values32;
   int in_place = -1;  // the input that output 0 is written over
   double scale = 1.0;
   bool by_m = false;
@@ -194,6 +195,8 @@ void build(Pass& pass, bool reduce, bool large = false, bool elementwise = true)
       rows.base[26] = 0.6, rows.base[27] = 0.8, rows.base[28] = 0.8, rows.base[29] = 0.6, rows.base[30] = 0.5;
     }
     rows.n_values = static_cast<int>(pick(1, 4));
+    // float32 numbers with a scale that float32 has are what a thread may read for itself.
+    const bool single = chance(0.6);
     for (int k = 0; k < rows.n_values; ++k) {
       const bool one = chance(0.3);
       pass.values.emplace_back();
@@ -206,9 +209,14 @@ void build(Pass& pass, bool reduce, bool large = false, bool elementwise = true)
       int cell = of_path && !is_taken(30) ? 30 : -1;
       while (cell < 0 || (cell != 30 && is_taken(cell)))
         cell = static_cast<int>(last ? pick(kL0, kRowCells - 1) : pick(0, kFirstOut + kOutCells * args.n_out - 1));
-      rows.values[k] = {nullptr, DType::f64, one ? 0 : 1, cell, chance(0.5) ? 1.0 : 0.5};
+      const DType dtype = single || chance(0.3) ? DType::f32 : DType::f64;
+      rows.values[k] = {nullptr, dtype, one ? 0 : 1, cell, chance(0.5) ? 1.0 : chance(0.8) ? -0.7f : -0.7};
+      pass.values32.emplace_back(pass.values[k].begin(), pass.values[k].end());
     }
-    for (int k = 0; k < rows.n_values; ++k) rows.values[k].data = pass.values[k].data();
+    for (int k = 0; k < rows.n_values; ++k) {
+      const bool wide = rows.values[k].dtype == DType::f64;
+      rows.values[k].data = wide ? static_cast<const void*>(pass.values[k].data()) : pass.values32[k].data();
+    }
   }
 }
 
