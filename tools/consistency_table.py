@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from consistency_tasks import TASKS, Task
-from consistency_ways import TEACHER, WAYS, Run, Way, trained
+from consistency_ways import SETTINGS, TEACHER, WAYS, Run, Way, trained
 from torch import Tensor
 
 from genkern import files
@@ -164,12 +164,15 @@ def section(result: dict[str, Any]) -> str:
     a, facts = result["arguments"], result["machine"]
     names, together = list(result["rows"][0]["figures"]), a.get("together", 1)
     options = "".join(f" --{name.replace('_', '-')} {a[name]}" for name in ("data", "steps", "teacher_steps", "batch"))
+    if together > 1:
+        options += f" --together {together} --work FOLDER"
     lines = [
         f"    python tools/consistency_table.py{options}",
         "",
         f"{facts['name']}, torch {facts['versions']['torch']}, {facts['date'][:10]}, revision {facts['revision']}.",
         f"{a['steps']} steps of {a['batch']} images ({a['teacher_steps']} of the teacher), {a['samples']} samples a",
-        f"seed, {len(a['seeds'])} seeds." + f" {together} trained side by side." * (together > 1),
+        f"seed, {len(a['seeds'])} seeds."
+        + f" Up to {together} trained side by side on one device: the seconds are no comparison." * (together > 1),
         "",
         f"| training | s | calls | {' | '.join(names)} |",
         f"|---|---:|---:|{'---:|' * len(names)}",
@@ -259,7 +262,7 @@ def main(
     result: dict[str, Any] = {
         "machine": machine.describe(where),
         "arguments": {"data": data, "steps": steps, "teacher_steps": teacher_steps, "batch": batch,
-                      "samples": samples, "seeds": list(seeds), "quick": quick, "together": together},
+                      "samples": samples, "seeds": list(seeds), "quick": quick, "together": together, "ways": SETTINGS},
         "floor": task.judge.floor(SEED), "ceiling": task.judge.assess(noise),
         "seconds": {}, "rows": [], "self_consistency": {"times": [], "ways": {}},
     }  # fmt: skip
