@@ -102,7 +102,7 @@ def prepared(row: AnyRow, noise: Noise | None, like: Any, n_h: int, dtypes: Sequ
     """A call laid out before its arrays exist: its spec, and its tensors with None for x, m, m_uncond, h, a given z, v,
     known and the mask.
 
-    For loops that own what they pass, and so check nothing of it again (functions.run_numbers).
+    For loops that own what they pass: of it the kernels' entry points check what they must, and Python nothing again.
 
     Args:
         row: as in apply_row.

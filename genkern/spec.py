@@ -61,6 +61,11 @@ def packed(spec: Spec) -> bytes:
     )  # fmt: skip
 
 
+def keyed(packed: bytes, key: tuple[int, ...]) -> bytes:
+    """The numbers of the same spec with another key: seed, stream and draw; () where it draws nothing."""
+    return packed[:_KEY_AT] + _KEY.pack(*(key or _NO_KEY)) + packed[_KEY_AT + _KEY.size :]
+
+
 def numbers(spec: Spec) -> str:
     """The same as one text of hexadecimal digits, the form in which a torch op takes them soonest."""
     return packed(spec).hex()
@@ -83,4 +88,5 @@ def _layout(n_row: int, n_values: int) -> struct.Struct:
 
 
 _NO_KEY = (0, 0, 0)
+_KEY, _KEY_AT = struct.Struct("=3q"), struct.calcsize("=7Bx")
 _LAYOUTS: dict[tuple[int, int], struct.Struct] = {}

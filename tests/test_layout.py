@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from eager_ways import connected, slow, taken
 from watching import Calls
 
 import genkern as gk
-from genkern import check
-from genkern.samplers import layout
+from genkern import check, spec
+from genkern.fused import prepared
+from genkern.rows import Out, Row
+from genkern.samplers import layout, passes
+from genkern.samplers.table import Stage
 
 SHAPE = (3, 4, 2)
 
@@ -75,8 +80,95 @@ def test_another_way_of_running_a_table_is_laid_out_anew():
         assert torch.equal(run(diffusion, way), run(gk.Diffusion(), way))
 
 
-@pytest.mark.parametrize("sampler, passes", [("euler", 1), ("heun", 2), ("ab2", 1), ("rk4", 4)])
-def test_a_step_asks_torch_for_its_passes_alone(sampler, passes):
+def test_a_second_loop_packs_no_row_of_one_that_draws(monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+
+    def run():
+        return diffusion.sample(wavy, noise=x, steps=6, sampler="ddpm", seed=3)
+
+    expected = run()
+    monkeypatch.setattr(passes, "packed", lambda spec: pytest.fail("a row was packed"))
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("draw", [(1, 2, 3), (-5, 2**62, 7)])
+def test_a_packed_call_with_another_key(draw):
+    row = Row((Out(x=0.5, z=2.0),))
+    found, _ = prepared(row, gk.Noise(1, stream=2).at(3), torch.empty(4), 0, (torch.float32,))
+    assert spec.keyed(spec.packed(found), draw) == spec.packed(found._replace(key=draw))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_guidance_beside_the_row_is_laid_out_once(several, monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+    label = [{"label": torch.full((3,), float(k))} for k in range(3)]
+    options = {"cond": label[1:], "guidance_scale": (2.0, 3.0)} if several else {"cond": label[1], "apg": gk.APG()}
+    options = {"uncond": label[0], "guidance_scale": 2.0, **options}
+
+    def run():
+        return diffusion.sample(guided, noise=x, steps=6, sampler="ddim", seed=0, **options)
+
+    expected = run()
+    assert laid_out(monkeypatch, run) == 0
+    assert torch.equal(run(), expected)
+
+
+def test_the_way_asked_for_last_is_kept(monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+
+    def run(clip):
+        return laid_out(monkeypatch, lambda: diffusion.sample(wavy, noise=x, steps=6, sampler="ddim", clip=clip))
+
+    assert [run(clip) for clip in (1.0, 2.0, 1.0, 3.0, 1.0)] == [6, 6, 0, 6, 0]
+
+
+class Counted(Stage):
+    read = 0
+
+    @property
+    def input_scale(self):
+        type(self).read += 1
+        return 1.0
+
+    @input_scale.setter
+    def input_scale(self, value):
+        pass
+
+
+def test_a_loop_looks_at_its_stages_a_fixed_number_of_times(monkeypatch):
+    class Own:
+        order = 1
+
+        def stages(self, network, grid):
+            made = gk.samplers.Euler().stages(network, grid)
+            fields = [field.name for field in dataclasses.fields(Stage)]
+            return [Counted(**{name: getattr(s, name) for name in fields}) for s in made]
+                Counted(**{field.name: getattr(s, field.name) for field in dataclasses.fields(Stage)}) for s in made
+            ]
+
+    def read(steps):
+        Counted.read = 0
+        gk.FlowMatching().sample(lambda x, t: x, x0=torch.randn(SHAPE), steps=steps, sampler=Own())
+        return Counted.read
+
+    assert 0 < read(40) < 2.5 * read(20)
+
+
+def test_a_compiled_loop_packs_nothing_and_is_not_kept():
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+
+    def run(clip):
+        return diffusion.sample(wavy, noise=x, steps=3, sampler="ddpm", seed=1, clip=clip)
+
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    found = torch.compile(run, backend="eager")(1.0)
+    assert not [reason for reason in breaks if "truct" in reason]
+    torch.testing.assert_close(found, run(1.0))
+
+
+@pytest.mark.parametrize("sampler, of_step", [("euler", 1), ("heun", 2), ("ab2", 1), ("rk4", 4)])
+def test_a_step_asks_torch_for_its_passes_alone(sampler, of_step):
     flow, x0 = gk.FlowMatching(), torch.randn(SHAPE)
 
     def asked(steps):
@@ -86,7 +178,7 @@ def test_a_step_asks_torch_for_its_passes_alone(sampler, passes):
         return sorted(calls.names)
 
     few, many = asked(4), asked(9)
-    assert many == sorted([*few, *["map_numbers" if "map_numbers" in few else "map"] * (5 * passes)])
+    assert many == sorted([*few, *["map_numbers" if "map_numbers" in few else "map"] * (5 * of_step)])
 
 
 @connected

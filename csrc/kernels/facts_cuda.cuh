@@ -71,7 +71,7 @@ constexpr uint32_t kMapPermutedTerms[] = {
 };
 
 // Residuals: m against noise, data or both, or against a given target; with a mask or without; and those of consistency
-// models, where h is the target's output, the derivative, or the teacher's state.
+// models, where h is the target's output, the derivative, or the teacher's state or output.
 constexpr uint32_t kReduceTerms[] = {
     residual(M | kDrawn),         residual(X | M | kDrawn),    residual(X | M),
     residual(X | M | H),          residual(M | kDrawn | Mask), residual(X | M | kDrawn | Mask),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import check
 from ..fused import prepared
 from ..noise import Noise, Purpose
 from ..rows import MAX_OUTS, Elementwise, Out, Row
@@ -42,7 +43,7 @@ class Layout:
     rescales: whether it guides by a rescaled output.
     threshold: of the predicted data, or None.
     spec, tensors: the call, without its tensors but for coefficients; seed and stream are 0.
-    numbers: the spec, packed.
+    numbers: the spec, packed; None under torch.compile, which asks for the spec.
     """
 
     stage: Stage
@@ -58,12 +59,14 @@ class Layout:
     threshold: DynamicThreshold | None
     spec: Spec
     tensors: tuple[Any, ...]
-    numbers: bytes
+    numbers: bytes | None
 
 
 def layouts(task: Run, guidance: Any) -> Sequence[Layout]:
-    """The passes of a run's stages, guided by `guidance`: kept beside the table, but not with scales that are
-    tensors."""
+    """The passes of a run's stages, guided by `guidance` where the row guides: kept beside the table, but not with
+    scales that are tensors, nor under torch.compile."""
+    if task.guided is None or not task.guided.fused:
+        guidance = None
     weights = tuple(editing.weights_of(task, i) for i in range(len(task.stages))) if task.inpaint is not None else None
 
     def laid_out() -> Sequence[Layout]:
@@ -71,10 +74,10 @@ def layouts(task: Run, guidance: Any) -> Sequence[Layout]:
         blended = weights or (None,) * len(task.stages)
         return tuple(_layout(task, i, guidance, of_known, like) for i, of_known in enumerate(blended))
 
-    if not isinstance(task.stages, Table) or isinstance(guidance, Tensor):
+    if not isinstance(task.stages, Table) or isinstance(guidance, Tensor) or check.compiling():
         return laid_out()
-    numbers = repr((task.clip, guidance, weights))  # 0.0 and -0.0 are equal, and two numbers
-    key = (task.differentiable, task.dtype, task.model_dtype, task.guided, task.step_noise is None, numbers)
+    settings = repr((task.clip, guidance))  # 0.0 and -0.0 are equal, and two numbers
+    key = (task.differentiable, task.dtype, task.model_dtype, task.guided, task.step_noise is None, settings, weights)
     found: Sequence[Layout] = once(task.stages.laid_out, key, laid_out, LAID_OUT)
     return found
 
@@ -108,7 +111,7 @@ def _layout(task: Run, i: int, guidance: Any, weights: tuple[float, float] | Non
         threshold=clip if isinstance(clip, DynamicThreshold) else None,
         spec=spec,
         tensors=tuple(tensors),
-        numbers=packed(spec),
+        numbers=None if check.compiling() else packed(spec),
     )
 
 

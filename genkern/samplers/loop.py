@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,7 @@ class Run:
         """What the network's input after stage i is scaled by; None after the last."""
         return self.stages[i + 1].input_scale if i + 1 < len(self.stages) else None
 
-    @property
+    @functools.cached_property
     def separate(self) -> bool:
         """Whether the network's input is another tensor than the state."""
         scaled = any(stage.input_scale != 1.0 for stage in self.stages)

@@ -24,6 +24,7 @@ from ..spec import (
     Spec,
     V,
     X,
+    keyed,
     numbers,
     packed,
 )
@@ -64,6 +65,8 @@ class Drawn(NamedTuple):
         """The noise of a loop of these passes; None where none of them draws."""
         if all(layout.draw is None for layout in layouts):
             return None
+        if not buffers.reused:  # passes into new tensors take the noise as it is
+            return cls(noise, (), None, None)
         return cls(noise, *source(noise, buffers.shape, False, buffers.device))
 
 
@@ -77,6 +80,9 @@ class Update:
 
     _spec: Spec
     _tensors: tuple[Any, ...]  # of the call, None for what a step hands over
+    _outs: tuple[Tensor, ...]  # what it writes, and what of it the loop goes on with; of a loop that reuses its buffers
+    _result: tuple[Tensor, Tensor]
+    _read: tuple[Tensor, ...]  # the slots of the memory that it reads
     _copy: Row | RowTable | None
     _copied: tuple[Tensor, ...]
     _drawn: Drawn | None
@@ -87,12 +93,12 @@ class Update:
         self._buffers, self._layout, self._copy = buffers, layout, layout.copy
         self._spec, self._tensors, self._drawn = layout.spec, layout.tensors, drawn
         self._by_sample, self._numbers = None, None
+        if not buffers.reused:
+            return
         if layout.draw is not None and drawn is not None:
             draw = layout.spec.key[2] if live is None else drawn.noise.at(layout.draw[0]).draw
             self._spec = layout.spec._replace(key=(*drawn.key[:2], draw))
             self._tensors = _with(layout.tensors, {DEVICE_KEY: drawn.device_key, SAMPLE_IDS: drawn.sample_ids})
-        if not buffers.reused:
-            return
         self._outs, self._result = buffers.written(i, 1 + layout.inputs)
         self._read = tuple([buffers.memory[slot] for slot in layout.stage.reads])
         if layout.copy is not None:
@@ -116,7 +122,8 @@ class Update:
         elif self._by_sample is not None:
             self._add_values(self._by_sample)
         if buffers.direct and self._by_sample is None:
-            self._numbers = layout.numbers if self._spec is layout.spec else packed(self._spec)
+            ready = layout.numbers if live is None else None  # but for the key
+            self._numbers = packed(self._spec) if ready is None else keyed(ready, self._spec.key)
 
     def _read_from(self, live: Live) -> None:
         if self._spec.noise:
@@ -245,8 +252,8 @@ def _with(tensors: tuple[Any, ...], others: Mapping[int, Any]) -> tuple[Any, ...
 
 
 class First:
-    """The pass before the first network call, from noise or a given state, laid out over the loop's buffers as Update
-    lays out its own: the same bits as Buffers.apply, for loops that begin often.
+    """The pass before the first network call, from noise or a given state, laid out over the loop's buffers: the same
+    bits as Buffers.apply, for loops that begin often.
 
     noise: its seed and stream are replaced by the key's; key: int64 [3], seed, stream and 0.
     """

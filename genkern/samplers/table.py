@@ -14,7 +14,7 @@ from ..rows import Out
 from .parameterization import OnPath, Parameterization
 
 KEPT = 16  # tables of a path
-LAID_OUT = 2  # ways in which a table is laid out, of some 2 KB a stage
+LAID_OUT = 2  # ways in which a table is laid out, of some 1.2 KB a stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +108,15 @@ def stages_of(sampler: Sampler, network: Parameterization, grid: np.ndarray) -> 
 
 
 def once(tables: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], most: int) -> Any:
-    """What a key stands for, made when first asked for; the newest `most` of them are kept."""
+    """What a key stands for, made when first asked for; those asked for last are kept, `most` of them."""
     found = tables.get(key)
-    if found is None:
-        made = make()
-        for oldest in list(tables)[: max(len(tables) - most + 1, 0)]:
-            tables.pop(oldest, None)
-        found = tables.setdefault(key, made)
-    return found
+    if found is not None:
+        tables[key] = tables.pop(key, found)  # another thread may have dropped it
+        return found
+    made = make()
+    for oldest in list(tables)[: max(len(tables) - most + 1, 0)]:
+        tables.pop(oldest, None)
+    return tables.setdefault(key, made)
 
 
 _tables: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
