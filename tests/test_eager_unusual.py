@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import genkern as gk
 from genkern import calls, eager, fused, rows, spec
@@ -99,6 +100,57 @@ def test_a_subclass_keeps_its_own_way_and_a_parameter_is_plain() -> None:
     assert taken(lambda: gk.ops.euler_step(tagged, v, 0.25)) == 0
     torch.testing.assert_close(gk.ops.euler_step(tagged, v, 0.25).as_subclass(torch.Tensor), x + 0.25 * v)
     assert taken(lambda: gk.ops.euler_step(torch.nn.Parameter(x), v, 0.25)) == 1
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, which stands for another."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        found: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore
+        found.inner = inner
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map_only(cls, lambda t: t.inner, args), **kwargs or {})
+
+
+STEPS = torch.tensor([0.5, 0.25, -1.0])
+BY_SAMPLE: dict[str, Callable[[Tensor, Tensor, Any], Any]] = {
+    "linear": lambda x, v, c: gk.ops.euler_step(x, v, c),
+    "linear into x": lambda x, v, c: gk.ops.euler_step(x, v, c, out=x),
+    "drawn": lambda x, v, c: gk.ops.add_noise(x, 0.5, c * c, noise=NOISE),
+    "of a path": lambda x, v, c: gk.ops.ddim_step(x, v, c * c, 0.8, 0.8, 0.6, prediction="v"),
+    "summed": lambda x, v, c: gk.ops.path_loss(v, x, x_coef=c),
+}
+
+
+@pytest.mark.parametrize("op", BY_SAMPLE)
+def test_coefficients_without_memory_are_asked_for_their_values(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, v = pair()
+    wanted = BY_SAMPLE[op](x.clone(), v, STEPS)
+    monkeypatch.setattr(Wrapped, "__mul__", lambda self, other: Wrapped(self.inner * other.inner))
+    torch.testing.assert_close(BY_SAMPLE[op](x, v, Wrapped(STEPS)), wanted)
+
+
+def test_coefficients_of_a_fake_mode_that_has_ended_are_an_error() -> None:
+    x, v = pair()
+    with FakeTensorMode():
+        steps = torch.ones(3)
+    for run in (lambda: gk.ops.euler_step(x, v, steps), lambda: gk.ops.path_loss(v, x, x_coef=steps)):
+        with pytest.raises((RuntimeError, AssertionError), match=".+"):
+            run()
+
+
+def test_the_kernels_refuse_coefficients_without_memory() -> None:
+    x, v = pair()
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0, m=STEPS),)), None, x, 0, (x.dtype,))
+    given = [x, v, *tensors[2:-1], Wrapped(STEPS)]
+    with pytest.raises((RuntimeError, ValueError), match="values: expected a tensor with memory"):
+        calls.run_numbers(spec.numbers(row), (torch.empty_like(x),), given)
 
 
 UNUSUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {

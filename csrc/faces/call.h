@@ -96,7 +96,12 @@ inline void expect_device(const View& v, const View& like, const char* name) {
   expect(v.device == like.device, name, ": expected on the state's device");
 }
 
+inline void expect_memory(const View& v, const char* name) {
+  expect(v.data != nullptr || v.numel() == 0, name, ": expected a tensor with memory, got one that has none");
+}
+
 inline const int64_t* int64_data(const View& v, const View& like, const char* name) {
+  expect_memory(v, name);
   expect_device(v, like, name);
   expect(v.element == Element::int64 && v.contiguous(), name, ": expected contiguous int64");
   return static_cast<const int64_t*>(v.data);
@@ -106,7 +111,7 @@ inline Array array_of(const View& v, const View& like, const char* name) {
   bool same = v.ndim == like.ndim;
   for (int32_t d = 0; same && d < v.ndim; ++d) same = v.sizes[d] == like.sizes[d];
   expect(same, name, ": expected the state's shape");
-  expect(v.data != nullptr || v.numel() == 0, name, ": expected a tensor with memory, got one whose storage is freed");
+  expect_memory(v, name);
   expect_device(v, like, name);
   return {v.data, floating(v, name), v.strides};
 }
@@ -175,6 +180,7 @@ inline void expect_outputs_apart(const Call& call) {
 
 inline void set_table(const Call& call, const View& like, int n_cells, int64_t batch, bool f64, RowSource& rows) {
   const View& table = *call.table;
+  expect_memory(table, "table");
   expect_device(table, like, "table");
   expect(call.row.empty() && call.values.empty() && call.formula == 0,
          "table: expected neither row, values nor formula beside it");
@@ -217,6 +223,7 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
   for (int32_t k = 0; k < rows.n_values; ++k) {
     const View& value = call.values[k];
     const int64_t cell = call.cells[k], n = value.numel();
+    expect_memory(value, "values");
     expect_device(value, like, "values");
     const bool of_path = cell >= kMaxCells && cell < kAllCells;
     expect(of_path ? formula : cell >= 0 && cell < n_cells, "cells: ", cell, " is no cell of this row");
