@@ -153,6 +153,40 @@ def test_the_kernels_refuse_coefficients_without_memory() -> None:
         calls.run_numbers(spec.numbers(row), (torch.empty_like(x),), given)
 
 
+def test_an_output_over_coefficients_is_refused() -> None:
+    buffer = torch.arange(1.0, 10.0)
+    x, v, before = torch.zeros(8), torch.ones(8), buffer.clone()
+    for out in (buffer[1:], buffer[:8]):
+        for run in (
+            lambda out: gk.ops.euler_step(x, v, buffer[:8], out=out),
+            lambda out: gk.ops.add_noise(x, 0.5, buffer[:8], noise=v, out=out),
+            lambda out: gk.ops.ddim_step(x, v, 1.0, 0.5, buffer[:8], 0.5, out=out),
+        ):
+            for way in (lambda what: what(), slow):
+                with pytest.raises(ValueError, match="out: expected memory apart from a coefficient, got an overlap"):
+                    way(lambda run=run, out=out: run(out))
+                assert torch.equal(buffer, before)
+    assert taken(lambda: gk.ops.euler_step(x[:4], v[:4], buffer[:4], out=buffer[4:8])) == 1
+    torch.testing.assert_close(buffer[4:8], before[:4])
+    columns = torch.arange(12.0).reshape(3, 4)
+    gk.ops.euler_step(torch.zeros(3, 3), torch.ones(3, 3), columns[:, 0], out=columns[:, 1:])  # read as a copy
+    torch.testing.assert_close(columns, columns[:, :1].expand(3, 4))
+
+
+def test_a_laid_out_call_refuses_an_output_over_its_coefficients_or_its_mask() -> None:
+    buffer = torch.arange(1.0, 9.0)
+    x, v, before = torch.zeros(8), torch.ones(8), buffer.clone()
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0, m=buffer),)), None, x, 0, (x.dtype,))
+    with pytest.raises((RuntimeError, ValueError), match="out: expected memory apart from values"):
+        calls.run_numbers(spec.numbers(row), (buffer,), [x, v, *tensors[2:]])
+    assert torch.equal(buffer, before)
+    blended = rows.Elementwise(known=((1.0, 0.0),))
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0),), elementwise=blended), None, x[:4], 0, (x.dtype,))
+    given = [x[:4], *tensors[1:]]
+    given[spec.KNOWN], given[spec.MASK] = v[:4], buffer[:7:2]
+    assert not calls.run_ready(spec.numbers(row), (buffer[1:8:2],), given)
+
+
 UNUSUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "another shape": lambda x, v: gk.ops.euler_step(x, v[:, :3], 0.25),
     "another dtype": lambda x, v: gk.ops.euler_step(x, v.double(), 0.25),

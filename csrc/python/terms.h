@@ -190,10 +190,13 @@ inline bool certainly_apart(const View& out, const View& in, bool may_be_same) {
 inline bool outputs_certainly_apart(const Call& call) {
   for (size_t j = 0; j < call.out.size(); ++j) {
     const View& out = call.out[j];
-    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z, &call.v, &call.known})
+    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z, &call.v, &call.known, &call.mask})
       if (*in && !certainly_apart(out, **in, true)) return false;
     for (const View& in : call.h)
       if (!certainly_apart(out, in, true)) return false;
+    if (call.table && !certainly_apart(out, *call.table, false)) return false;
+    for (const View& in : call.values)
+      if (!certainly_apart(out, in, false)) return false;
     for (size_t k = 0; k < j; ++k)
       if (!certainly_apart(out, call.out[k], false)) return false;
   }
