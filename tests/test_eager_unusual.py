@@ -59,6 +59,9 @@ def test_fake_tensors_stay_fake() -> None:
         found = []
         assert taken(lambda: found.append(gk.ops.euler_step(x, v, 0.25))) == 0
         assert type(found[0]).__name__ == "FakeTensor"
+        out, transposed = torch.empty_like(x), torch.randn(4, 3).T
+        assert gk.ops.euler_step(x, v, torch.ones(3), out=out) is out
+        assert gk.ops.euler_step(transposed, v, 0.25, out=out) is out
 
 
 def test_transforms_of_torch_func_go_their_own_way() -> None:
@@ -171,6 +174,18 @@ def test_an_output_over_coefficients_is_refused() -> None:
     columns = torch.arange(12.0).reshape(3, 4)
     gk.ops.euler_step(torch.zeros(3, 3), torch.ones(3, 3), columns[:, 0], out=columns[:, 1:])  # read as a copy
     torch.testing.assert_close(columns, columns[:, :1].expand(3, 4))
+
+
+def test_an_output_over_a_table_is_refused() -> None:
+    table = torch.zeros(1, rows.n_cells(1))
+    table[0, rows.W], table[0, rows.out_cell(0, rows.X)] = 1.0, 2.0
+    before, x, out = table.clone(), torch.ones(8), table.view(-1)[:8]
+    with pytest.raises(ValueError, match="out: expected memory apart from the table, got an overlap"):
+        fused.apply_row(rows.RowTable(table, 1), x=x, out=out)
+    row, tensors = fused.prepared(rows.RowTable(table, 1), None, x, 0, (x.dtype,))
+    with pytest.raises((RuntimeError, ValueError), match="out: expected memory apart from table"):
+        calls.run_numbers(spec.numbers(row), (out,), [x, *tensors[1:]])
+    assert torch.equal(table, before)
 
 
 def test_a_laid_out_call_refuses_an_output_over_its_coefficients_or_its_mask() -> None:
