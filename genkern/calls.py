@@ -53,7 +53,7 @@ def run_map(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     if not has_kernel(device):
         outs = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, device)
         return tuple(outs) if like is None else tuple(_laid_out(out, like) for out in outs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _not_plain(tensors[FIRST_VALUE:]):
         return tuple(invoke(_MAP, spec, tensors, spec.dtypes, spec.size, spec.device))
     if like is None:
         assert spec.size is not None
@@ -70,7 +70,7 @@ def run_map_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> N
         results = invoke(reference.map, spec, tensors, spec.dtypes, spec.size, spec.device)
         for target, result in zip(out, results, strict=True):
             target.copy_(result)
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or _not_plain(tensors[FIRST_VALUE:]):
         invoke(_MAP_OUT, spec, tensors, list(out))
     else:
         run_numbers(numbers(spec), out, tensors)
@@ -103,7 +103,7 @@ def run_reduce(spec: Spec, mask: Tensor | None, *tensors: Tensor | None) -> tupl
     assert like is not None
     if not has_kernel(like.device):
         residual, sums = invoke(reference.reduce, spec, tensors, mask, spec.kind)
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or _not_plain(tensors[FIRST_VALUE:]):
         residual, sums = invoke(_REDUCE, spec, tensors, mask, spec.kind)
     else:
         residual, sums = _REDUCE_NUMBERS(numbers(spec), *tensors[:V], tensors[FIRST_VALUE:] or None, mask)
@@ -151,6 +151,15 @@ def _like(tensors: Sequence[Tensor | None]) -> Tensor | None:
         return x
     m = tensors[M]
     return m if m is not None else tensors[Z]
+
+
+def _not_plain(values: Sequence[Tensor | None]) -> bool:
+    """Whether a coefficient is of a subclass of tensors, which torch's dispatcher asks for its way in a Tensor[], but
+    not in the Tensor[]? of map_numbers and reduce_numbers."""
+    for value in values:  # a loop costs less than any() of a generator
+        if type(value) not in (Tensor, torch.nn.Parameter):
+            return True
+    return False
 
 
 def _wrapped(tensor: Tensor | None) -> bool:

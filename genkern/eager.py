@@ -5,6 +5,20 @@ row, checks it and launches its kernel by itself where every tensor is exactly a
 watches or transforms the call: no torch.compile, torch.func, forward mode, dispatch or function mode, tracer. Its
 functions return None anywhere else, and where a check fails: the way through Python then takes the call, or words the
 error. They need torch's C exchange API of DLPack (torch 2.11 has it).
+
+The named ops hand over, by position:
+
+    linear(x, m, m_uncond, h, noise, out, c_x, c_m, c_h, c_z, guidance, factor, low)
+        c_x x + factor (c_m m + sum_k c_h[k] h_k) + c_z z,   m = m_uncond + guidance (m - m_uncond) beside m_uncond
+        c_h () stands for 1 each; a term that an op has not is None with coefficient 0.0, or () for h; factor is a
+        float, and low the least that a coefficient may be, the guidance scale apart, also a float.
+    ddim(x, m, m_uncond, noise, out, prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, clip, guidance, return_pred)
+        (13.13), as ops.ddim_step has it: x_s, or (x_s, y) with return_pred
+    path_loss(model_output, x, x_coef, noise_coef, noise, m_coef, h, h_coefs, weight, kind, reduction)
+        sum_b weight_b sum_i rho(r_bi) / n,   r = m_coef F - (x_coef x + noise_coef z + sum_k h_coefs[k] h_k),
+        rho(r) = r^2 ("l2") or |r| ("l1"), n the elements of the batch ("mean") or of a sample ("sum")
+    draw(shape, noise, device, dtype, out, kind)
+        z alone: kind 1 normal, 2 uniform
 """
 
 from __future__ import annotations

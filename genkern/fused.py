@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from . import check, eager, rows, sample_losses
 from .elementwise import checked as elementwise_terms
 from .noise import Noise, as_int64
+from .overlap import dense
 from .spec import Spec
 
 NAMES = ("x", "m", "m_uncond", "noise", "h[0]", "h[1]", "h[2]")
@@ -80,9 +81,12 @@ def apply_row(
         labels = ["out"] if n_out == 1 else [f"out[{j}]" for j in range(n_out)]
         named = list(zip(_padded(names), given.arrays, strict=False))
         named += zip(("v", "known", "mask"), given.elementwise, strict=True)
+        # A pass reads dense coefficients where they lie, and others from a copy.
+        coefficients = [("a coefficient", value) for value in packed.values if dense(value)]
         check.outputs(
-            list(zip(labels, outs, strict=True)), like if like is not None else outs[0], given.shape, dtypes, named
-        )
+            list(zip(labels, outs, strict=True)), like if like is not None else outs[0], given.shape, dtypes, named,
+            [*coefficients, ("the table", packed.table)],
+        )  # fmt: skip
     if given.numpy:
         from . import arrays
 

@@ -98,9 +98,10 @@ def add_noise(
     Source: (13.4) with alpha = sqrt(alphas_cumprod); (13.21), (13.24).
     """
     if noise is not None and not return_noise and not check.compiling() and eager.face is not None:
-        quick = eager.face.linear(x, None, None, (), noise, out, alpha, None, (), sigma, None, 1.0, 0.0)
+        quick = eager.face.linear(x, None, None, (), noise, out, alpha, 0.0, (), sigma, None, 1.0, 0.0)
         if quick is not None:
             return quick
+    x = _needed("x", x)
     alpha, sigma = _coef("alpha", alpha, x, 0.0), _coef("sigma", sigma, x, 0.0)
     outs = (Out(x=alpha, z=sigma), Out(z=1.0)) if return_noise else (Out(x=alpha, z=sigma),)
     found = apply_row(Row(outs), x=x, noise=noise, out=out)
@@ -154,10 +155,12 @@ def ddim_step(
         )  # fmt: skip
         if quick is not None:
             return quick
+    x_t = _needed("x_t", x_t)
     check.choice("prediction", prediction, PREDICTIONS)
-    alpha_t, sigma_t = _coef("alpha_t", alpha_t, x_t, 0.0), _coef("sigma_t", sigma_t, x_t, 0.0)
-    alpha_s, sigma_s = _coef("alpha_s", alpha_s, x_t, 0.0), _coef("sigma_s", sigma_s, x_t, 0.0)
-    eta = _coef("eta", eta, x_t, 0.0)
+    coefficient = check.coefficient
+    alpha_t, sigma_t = coefficient("alpha_t", alpha_t, x_t, 0.0), coefficient("sigma_t", sigma_t, x_t, 0.0)
+    alpha_s, sigma_s = coefficient("alpha_s", alpha_s, x_t, 0.0), coefficient("sigma_s", sigma_s, x_t, 0.0)
+    eta = coefficient("eta", eta, x_t, 0.0)
     check.ddim_path(prediction, alpha_t, sigma_t, alpha_s, sigma_s, eta, rows.ROUNDING)
     guidance = _guidance(uncond, guidance_scale, x_t)
     model_output = _needed("model_output", model_output)
@@ -226,10 +229,11 @@ def euler_step(
 
     Source: (13.22), (13.24), (13.27), (13.31); Ascher, Petzold 1998, section 3.1.
     """
-    if not check.compiling() and eager.face is not None:
+    if v is not None and not check.compiling() and eager.face is not None:
         quick = eager.face.linear(x, v, uncond, (), None, out, 1.0, dt, (), 0.0, guidance_scale, 1.0, -math.inf)
         if quick is not None:
             return quick
+    x = _needed("x", x)
     row = Row((Out(0.0, 1.0, _coef("dt", dt, x)),), guidance=_guidance(uncond, guidance_scale, x))
     return apply_row(row, x=x, m=_needed("v", v), m_uncond=uncond, out=out, names=_STEP)[0]
 
@@ -253,10 +257,11 @@ def heun_step(x: Array, v: Array, v_next: Array, dt: Coef, *, out: Array | None 
 
     Source: the seed's 13.4.1 (numerical ODE solvers); Ascher, Petzold 1998, section 4.1.
     """
-    if not check.compiling() and eager.face is not None:
+    if v is not None and not check.compiling() and eager.face is not None:
         quick = eager.face.linear(x, v, None, (v_next,), None, out, 1.0, dt, (dt,), 0.0, None, 0.5, -math.inf)
         if quick is not None:
             return quick
+    x = _needed("x", x)
     half = times(0.5, _coef("dt", dt, x))
     row = Row((Out(0.0, 1.0, half, (half,)),))
     return apply_row(row, x=x, m=_needed("v", v), h=(_needed("v_next", v_next),), out=out, names=_HEUN)[0]
@@ -286,12 +291,13 @@ def consistency_skip(
 
     Source: (13.29); Song, Dhariwal, Chen, Sutskever, arXiv:2303.01469.
     """
-    if not check.compiling() and eager.face is not None:
+    if network_output is not None and not check.compiling() and eager.face is not None:
         quick = eager.face.linear(
             x, network_output, uncond, (), None, out, c_skip, c_out, (), 0.0, guidance_scale, 1.0, -math.inf
         )
         if quick is not None:
             return quick
+    x = _needed("x", x)
     outs = (Out(x=_coef("c_skip", c_skip, x), m=_coef("c_out", c_out, x)),)
     row = Row(outs, guidance=_guidance(uncond, guidance_scale, x))
     network_output = _needed("network_output", network_output)
@@ -431,7 +437,7 @@ def _guidance(uncond: Array | None, scale: Coef | None, like: Array) -> Coef | N
         return None
     if scale is None:
         raise ValueError("guidance_scale: expected a number or a tensor beside uncond, got None")
-    return _coef("guidance_scale", scale, like)
+    return check.coefficient("guidance_scale", scale, like)
 
 
 def _noise_alone(shape: Sequence[int], noise: Noise, device: Any, dtype: Any, out: Any, *, uniform: bool) -> Array:

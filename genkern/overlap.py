@@ -24,6 +24,8 @@ def overlap(p: Any, q: Any) -> bool:
     if not math.prod(p.shape) or not math.prod(q.shape):
         return False
     p0, q0 = start(p), start(q)
+    if not (p0 and q0):  # fake tensors have no memory
+        return False
     low = [a + sum(min((n - 1) * s, 0) for n, s in _dims(t)) for a, t in ((p0, p), (q0, q))]
     high = [a + sum(max((n - 1) * s, 0) for n, s in _dims(t)) + t.dtype.itemsize for a, t in ((p0, p), (q0, q))]
     if high[0] <= low[1] or high[1] <= low[0]:

@@ -133,6 +133,16 @@ def test_a_coefficient_of_one_element_gets_a_gradient_of_its_shape() -> None:
         torch.testing.assert_close(found, v.sum().expand(shape))
 
 
+def flushed(what: Callable[[], Any]) -> Any:
+    """Runs something while denormal numbers are zeros, also to comparisons."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormal numbers")
+    try:
+        return what()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 NOT_FINITE = torch.tensor([0.5, math.nan, 0.5])
 BEYOND = 4e38  # float32 ends at 3.4e38
 REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -158,6 +168,12 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "less than 0 among numbers": lambda x, m: gk.ops.add_noise(x, by_sample, 0.5, noise=NOISE),
     "less than 0 on the path": lambda x, m: gk.ops.ddim_step(x, m, 0.6, -0.8, 0.8, 0.6),
     "0 where it divides": lambda x, m: gk.ops.ddim_step(x, m, torch.tensor([0.6, 0.0, 0.6]), 0.8, 0.8, 0.6),
+    "0 where it divides, denormals flushed": lambda x, m: flushed(
+        lambda: gk.ops.ddim_step(x, m, torch.tensor([0.6, 0.0, 0.6]), 0.8, 0.8, 0.6)
+    ),
+    "0 beside tensors, denormals flushed": lambda x, m: flushed(
+        lambda: gk.ops.ddim_step(x, m, 0.6, 0.0, by_sample.abs(), 0.6, prediction="sample")
+    ),
     "0 beside tensors": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.0, by_sample.abs(), 0.6, prediction="sample"),
     "too large an eta in a sample": lambda x, m: gk.ops.ddim_step(
         x, m, torch.tensor([0.6, 0.6, 0.6]), 0.8, 0.8, 0.6, eta=5.0, noise=NOISE
@@ -168,11 +184,31 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a bound that is infinite": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.8, 0.8, 0.6, clip=math.inf),
     "no output of the network": lambda x, m: gk.ops.ddim_step(x, None, 0.6, 0.8, 0.8, 0.6),
     "no velocity, no step": lambda x, m: gk.ops.euler_step(x, None, 0.0),
+    "neither velocity nor step": lambda x, m: gk.ops.euler_step(x, None, None),  # type: ignore[arg-type]
+    "neither output nor coefficient": lambda x, m: gk.ops.consistency_skip(x, None, 0.5, None),
     "no second velocity": lambda x, m: gk.ops.heun_step(x, m, None, 0.0),
     "another kind": lambda x, m: gk.ops.path_loss(m, x, x_coef=1.0, kind="l3"),
     "another reduction": lambda x, m: gk.ops.path_loss(m, x, x_coef=1.0, reduction="max"),
     "no noise": lambda x, m: gk.ops.path_loss(m, x, noise_coef=1.0),
     "no data": lambda x, m: gk.ops.path_loss(m, x_coef=1.0),
+    "unread noise of another shape": lambda x, m: gk.ops.add_noise(x, 1.0, 0.0, noise=torch.randn(2, 2)),
+    "unread noise of another shape in a step": lambda x, m: gk.ops.ddim_step(x, m, 0.6, 0.8, 0.8, 0.6, noise=x[:2]),
+    "unread noise of another shape in a loss": lambda x, m: gk.ops.path_loss(m, x, x_coef=1.0, noise=x[:2]),
+    "unread booleans for noise": lambda x, m: gk.ops.path_loss(m, x, x_coef=1.0, noise=x > 0),
+    "unread integers for noise": lambda x, m: gk.ops.path_loss(m, x, x_coef=1.0, noise=x.long()),
+    "no state, coefficients by sample": lambda x, m: gk.ops.consistency_skip(None, m, 0.0, torch.ones(3)),
+    "no state, a coefficient of 0": lambda x, m: gk.ops.consistency_skip(None, m, 0.0, 1.0),
+    "no state to step from": lambda x, m: gk.ops.euler_step(None, m, 0.5),
+    "no state to correct": lambda x, m: gk.ops.heun_step(None, m, m, torch.ones(3)),
+    "no data to noise": lambda x, m: gk.ops.add_noise(None, 0.0, torch.ones(3), noise=m),
+    "no state, a path by sample": lambda x, m: gk.ops.ddim_step(None, m, torch.ones(3), 0.8, 0.8, 0.6),
+    "no state, whose coefficient is 0": lambda x, m: gk.ops.ddim_step(None, m, 0.6, 0.8, 1.0, 0, prediction="sample"),
+    "a path value that is scaled": lambda x, m: gk.ops.ddim_step(
+        x, m, rows.Scaled(torch.tensor([0.6]), 1.0), 0.8, 0.8, 0.6
+    ),
+    "a guidance scale that is scaled": lambda x, m: gk.ops.ddim_step(
+        x, m, 0.6, 0.8, 0.8, 0.6, uncond=m, guidance_scale=rows.Scaled(torch.tensor([2.0]), 1.0)
+    ),
     "no dimension": lambda x, m: gk.ops.path_loss(m[0, 0], x[0, 0], x_coef=torch.ones(1)),
     "more coefficients than tensors": lambda x, m: gk.ops.path_loss(m, x, h=(x,), h_coefs=(1.0, 2.0)),
     "an output of more precision": lambda x, m: gk.ops.path_loss(m.double(), x, x_coef=1.0),
@@ -192,6 +228,14 @@ def test_an_error_is_worded_by_python_and_nothing_is_counted(refused: str) -> No
     assert message() == slow(message)
     assert eager.face.eager_calls() == before
     assert ":" in message()[1]
+
+
+def test_a_loss_takes_lists_of_targets_as_it_takes_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, m = pair((3, 4))
+    found: list[Tensor] = []
+    monkeypatch.setattr(ops, "Row", None)
+    assert taken(lambda: found.append(gk.ops.path_loss(m, h=[x, m], h_coefs=[0.5, by_sample]))) == 1
+    assert torch.equal(found[0], gk.ops.path_loss(m, h=(x, m), h_coefs=(0.5, by_sample)))
 
 
 def test_numbers_beyond_float32_are_numbers_of_float64_arithmetic() -> None:

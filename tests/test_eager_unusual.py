@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import genkern as gk
 from genkern import calls, eager, fused, rows, spec
@@ -58,6 +59,9 @@ def test_fake_tensors_stay_fake() -> None:
         found = []
         assert taken(lambda: found.append(gk.ops.euler_step(x, v, 0.25))) == 0
         assert type(found[0]).__name__ == "FakeTensor"
+        out, transposed = torch.empty_like(x), torch.randn(4, 3).T
+        assert gk.ops.euler_step(x, v, torch.ones(3), out=out) is out
+        assert gk.ops.euler_step(transposed, v, 0.25, out=out) is out
 
 
 def test_transforms_of_torch_func_go_their_own_way() -> None:
@@ -99,6 +103,103 @@ def test_a_subclass_keeps_its_own_way_and_a_parameter_is_plain() -> None:
     assert taken(lambda: gk.ops.euler_step(tagged, v, 0.25)) == 0
     torch.testing.assert_close(gk.ops.euler_step(tagged, v, 0.25).as_subclass(torch.Tensor), x + 0.25 * v)
     assert taken(lambda: gk.ops.euler_step(torch.nn.Parameter(x), v, 0.25)) == 1
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, which stands for another."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        found: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore
+        found.inner = inner
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map_only(cls, lambda t: t.inner, args), **kwargs or {})
+
+
+STEPS = torch.tensor([0.5, 0.25, -1.0])
+BY_SAMPLE: dict[str, Callable[[Tensor, Tensor, Any], Any]] = {
+    "linear": lambda x, v, c: gk.ops.euler_step(x, v, c),
+    "linear into x": lambda x, v, c: gk.ops.euler_step(x, v, c, out=x),
+    "drawn": lambda x, v, c: gk.ops.add_noise(x, 0.5, c * c, noise=NOISE),
+    "of a path": lambda x, v, c: gk.ops.ddim_step(x, v, c * c, 0.8, 0.8, 0.6, prediction="v"),
+    "summed": lambda x, v, c: gk.ops.path_loss(v, x, x_coef=c),
+}
+
+
+@pytest.mark.parametrize("op", BY_SAMPLE)
+def test_coefficients_without_memory_are_asked_for_their_values(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, v = pair()
+    wanted = BY_SAMPLE[op](x.clone(), v, STEPS)
+    monkeypatch.setattr(Wrapped, "__mul__", lambda self, other: Wrapped(self.inner * other.inner))
+    torch.testing.assert_close(BY_SAMPLE[op](x, v, Wrapped(STEPS)), wanted)
+
+
+def test_coefficients_of_a_fake_mode_that_has_ended_are_an_error() -> None:
+    x, v = pair()
+    with FakeTensorMode():
+        steps = torch.ones(3)
+    for run in (lambda: gk.ops.euler_step(x, v, steps), lambda: gk.ops.path_loss(v, x, x_coef=steps)):
+        with pytest.raises((RuntimeError, AssertionError), match=".+"):
+            run()
+
+
+def test_the_kernels_refuse_coefficients_without_memory() -> None:
+    x, v = pair()
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0, m=STEPS),)), None, x, 0, (x.dtype,))
+    given = [x, v, *tensors[2:-1], Wrapped(STEPS)]
+    with pytest.raises((RuntimeError, ValueError), match="values: expected a tensor with memory"):
+        calls.run_numbers(spec.numbers(row), (torch.empty_like(x),), given)
+
+
+def test_an_output_over_coefficients_is_refused() -> None:
+    buffer = torch.arange(1.0, 10.0)
+    x, v, before = torch.zeros(8), torch.ones(8), buffer.clone()
+    for out in (buffer[1:], buffer[:8]):
+        for run in (
+            lambda out: gk.ops.euler_step(x, v, buffer[:8], out=out),
+            lambda out: gk.ops.add_noise(x, 0.5, buffer[:8], noise=v, out=out),
+            lambda out: gk.ops.ddim_step(x, v, 1.0, 0.5, buffer[:8], 0.5, out=out),
+        ):
+            for way in (lambda what: what(), slow):
+                with pytest.raises(ValueError, match="out: expected memory apart from a coefficient, got an overlap"):
+                    way(lambda run=run, out=out: run(out))
+                assert torch.equal(buffer, before)
+    assert taken(lambda: gk.ops.euler_step(x[:4], v[:4], buffer[:4], out=buffer[4:8])) == 1
+    torch.testing.assert_close(buffer[4:8], before[:4])
+    columns = torch.arange(12.0).reshape(3, 4)
+    gk.ops.euler_step(torch.zeros(3, 3), torch.ones(3, 3), columns[:, 0], out=columns[:, 1:])  # read as a copy
+    torch.testing.assert_close(columns, columns[:, :1].expand(3, 4))
+
+
+def test_an_output_over_a_table_is_refused() -> None:
+    table = torch.zeros(1, rows.n_cells(1))
+    table[0, rows.W], table[0, rows.out_cell(0, rows.X)] = 1.0, 2.0
+    before, x, out = table.clone(), torch.ones(8), table.view(-1)[:8]
+    with pytest.raises(ValueError, match="out: expected memory apart from the table, got an overlap"):
+        fused.apply_row(rows.RowTable(table, 1), x=x, out=out)
+    row, tensors = fused.prepared(rows.RowTable(table, 1), None, x, 0, (x.dtype,))
+    with pytest.raises((RuntimeError, ValueError), match="out: expected memory apart from table"):
+        calls.run_numbers(spec.numbers(row), (out,), [x, *tensors[1:]])
+    assert torch.equal(table, before)
+
+
+def test_a_laid_out_call_refuses_an_output_over_its_coefficients_or_its_mask() -> None:
+    buffer = torch.arange(1.0, 9.0)
+    x, v, before = torch.zeros(8), torch.ones(8), buffer.clone()
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0, m=buffer),)), None, x, 0, (x.dtype,))
+    with pytest.raises((RuntimeError, ValueError), match="out: expected memory apart from values"):
+        calls.run_numbers(spec.numbers(row), (buffer,), [x, v, *tensors[2:]])
+    assert torch.equal(buffer, before)
+    blended = rows.Elementwise(known=((1.0, 0.0),))
+    row, tensors = fused.prepared(rows.Row((rows.Out(x=1.0),), elementwise=blended), None, x[:4], 0, (x.dtype,))
+    given = [x[:4], *tensors[1:]]
+    given[spec.KNOWN], given[spec.MASK] = v[:4], buffer[:7:2]
+    assert not calls.run_ready(spec.numbers(row), (buffer[1:8:2],), given)
 
 
 UNUSUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {

@@ -143,8 +143,6 @@ def test_a_loop_looks_at_its_stages_a_fixed_number_of_times(monkeypatch):
             made = gk.samplers.Euler().stages(network, grid)
             fields = [field.name for field in dataclasses.fields(Stage)]
             return [Counted(**{name: getattr(s, name) for name in fields}) for s in made]
-                Counted(**{field.name: getattr(s, field.name) for field in dataclasses.fields(Stage)}) for s in made
-            ]
 
     def read(steps):
         Counted.read = 0

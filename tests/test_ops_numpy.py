@@ -67,6 +67,8 @@ def test_layouts_and_outputs_of_arrays() -> None:
     buffer = numpy.arange(20, dtype=numpy.float32)
     with pytest.raises(ValueError, match="partial overlap"):
         gk.ops.euler_step(buffer[:10], buffer[:10].copy(), 0.5, out=buffer[5:15])
+    with pytest.raises(ValueError, match="out: expected memory apart from a coefficient, got an overlap"):
+        gk.ops.euler_step(numpy.zeros(8, "f4"), numpy.ones(8, "f4"), buffer[:8], out=buffer[1:9])
 
 
 def test_bfloat16_arrays() -> None:

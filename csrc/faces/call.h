@@ -96,7 +96,12 @@ inline void expect_device(const View& v, const View& like, const char* name) {
   expect(v.device == like.device, name, ": expected on the state's device");
 }
 
+inline void expect_memory(const View& v, const char* name) {
+  expect(v.data != nullptr || v.numel() == 0, name, ": expected a tensor with memory, got one that has none");
+}
+
 inline const int64_t* int64_data(const View& v, const View& like, const char* name) {
+  expect_memory(v, name);
   expect_device(v, like, name);
   expect(v.element == Element::int64 && v.contiguous(), name, ": expected contiguous int64");
   return static_cast<const int64_t*>(v.data);
@@ -106,7 +111,7 @@ inline Array array_of(const View& v, const View& like, const char* name) {
   bool same = v.ndim == like.ndim;
   for (int32_t d = 0; same && d < v.ndim; ++d) same = v.sizes[d] == like.sizes[d];
   expect(same, name, ": expected the state's shape");
-  expect(v.data != nullptr || v.numel() == 0, name, ": expected a tensor with memory, got one whose storage is freed");
+  expect_memory(v, name);
   expect_device(v, like, name);
   return {v.data, floating(v, name), v.strides};
 }
@@ -136,17 +141,19 @@ inline int64_t element_size(Element element) {
   }
 }
 
-// An output is an input itself or apart from it. Of two interleaved views only the caller knows; of two dense ones
-// whose bytes meet, the pass would read what it has written.
-inline void expect_apart(const View& out, const View& in, const char* name) {
-  if (in.data == out.data && in.element == out.element) {
+// An output is an input itself or apart from it, and apart from coefficients and other outputs. Of two interleaved
+// views only the caller knows; of two dense ones whose bytes meet, the pass would read what it has written.
+inline void expect_apart(const View& out, const View& in, const char* name, bool may_be_same) {
+  if (may_be_same && in.data == out.data && in.element == out.element) {
     bool same = true;
     for (int32_t d = 0; same && d < out.ndim; ++d) same = out.sizes[d] == 1 || in.strides[d] == out.strides[d];
     if (same) return;
   }
   if (!out.contiguous() || !in.contiguous()) return;
   const Extent a = extent(out, element_size(out.element)), b = extent(in, element_size(in.element));
-  expect(a.end <= b.begin || b.end <= a.begin, "out: expected ", name, " itself, or memory apart from it");
+  const bool apart = a.end <= b.begin || b.end <= a.begin;
+  if (may_be_same) return expect(apart, "out: expected ", name, " itself, or memory apart from it");
+  expect(apart, "out: expected memory apart from ", name);
 }
 
 inline void expect_outputs_apart(const Call& call) {
@@ -156,7 +163,7 @@ inline void expect_outputs_apart(const Call& call) {
     for (int32_t d = 0; d < out.ndim; ++d)
       expect(out.sizes[d] == 1 || out.strides[d] != 0, "out: expected elements with addresses of their own");
     const auto apart = [&](const MaybeView& in, const char* name) {
-      if (in) expect_apart(out, *in, name);
+      if (in) expect_apart(out, *in, name, true);
     };
     apart(call.x, "x");
     apart(call.m, "m");
@@ -165,16 +172,19 @@ inline void expect_outputs_apart(const Call& call) {
     apart(call.v, "v");
     apart(call.known, "known");
     if (call.known) apart(call.mask, "mask");
-    for (const View& h : call.h) expect_apart(out, h, "h");
+    for (const View& h : call.h) expect_apart(out, h, "h", true);
+    if (call.table) expect_apart(out, *call.table, "table", false);
+    for (const View& value : call.values) expect_apart(out, value, "values", false);
     for (size_t k = 0; k < j; ++k) {
       expect(out.data != call.out[k].data, "out: expected outputs apart from each other");
-      expect_apart(out, call.out[k], "the other output");
+      expect_apart(out, call.out[k], "the other output", false);
     }
   }
 }
 
 inline void set_table(const Call& call, const View& like, int n_cells, int64_t batch, bool f64, RowSource& rows) {
   const View& table = *call.table;
+  expect_memory(table, "table");
   expect_device(table, like, "table");
   expect(call.row.empty() && call.values.empty() && call.formula == 0,
          "table: expected neither row, values nor formula beside it");
@@ -217,6 +227,7 @@ inline void set_rows(const Call& call, const View& like, int n_out, int64_t batc
   for (int32_t k = 0; k < rows.n_values; ++k) {
     const View& value = call.values[k];
     const int64_t cell = call.cells[k], n = value.numel();
+    expect_memory(value, "values");
     expect_device(value, like, "values");
     const bool of_path = cell >= kMaxCells && cell < kAllCells;
     expect(of_path ? formula : cell >= 0 && cell < n_cells, "cells: ", cell, " is no cell of this row");

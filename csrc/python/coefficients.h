@@ -9,7 +9,9 @@
 
 namespace genkern {
 
-constexpr double kAboveZero = std::numeric_limits<double>::denorm_min();  // the least number > 0
+// The least number that compares > 0 also where denormal numbers are flushed to 0 (torch.set_flush_denormal); a smaller
+// one goes the way through Python.
+constexpr double kAboveZero = std::numeric_limits<double>::min();
 
 // A number in [low, the largest float32]: float64 arithmetic takes larger ones, which go the way through Python.
 inline bool checked_number(PyObject* value, double low, double& number) {
@@ -57,17 +59,21 @@ class CheckedRow {
     packed_.cells[kLo] = -kInfinity, packed_.cells[kHi] = kInfinity, packed_.cells[kW] = 1.0;
   }
 
-  // factor times a coefficient into a cell; of a Scaled one, as losses of methods give it, the tensor is checked.
+  // factor times a coefficient into a cell; of a Scaled one, as losses of methods give it, the tensor is checked, where
+  // no range is asked of the product.
   bool set(int64_t cell, PyObject* value, double factor, double low) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != torch_side().scaled) return set_alone(cell, value, factor, low);
+    double scale = 0.0;
+    return low == -kInfinity && number_of(PyTuple_GET_ITEM(value, 1), scale) &&
+           set_alone(cell, PyTuple_GET_ITEM(value, 0), factor * scale, low);
+  }
+
+  // The same of a coefficient that must not be a Scaled one.
+  bool set_alone(int64_t cell, PyObject* value, double factor, double low) {
     double number = 0.0;
     if (checked_number(value, low, number)) {
       packed_.cells[static_cast<size_t>(cell)] = factor * number;
       return true;
-    }
-    if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == torch_side().scaled) {
-      if (!number_of(PyTuple_GET_ITEM(value, 1), number)) return false;
-      factor *= number;
-      value = PyTuple_GET_ITEM(value, 0);
     }
     View view;
     if (!fresh_view(value, view) || !is_wide(view)) return false;
@@ -83,10 +89,12 @@ class CheckedRow {
     return true;
   }
 
-  // The coefficients of h, both tuples: none given stand for 1 each.
+  // The coefficients of h, both tuples or lists: none given stand for 1 each.
   bool set_h(PyObject* coefficients, PyObject* h, double factor, double low) {
-    if (!PyTuple_CheckExact(coefficients) || !PyTuple_CheckExact(h)) return false;
-    const Py_ssize_t n = PyTuple_GET_SIZE(coefficients), n_h = PyTuple_GET_SIZE(h);
+    if (!PyTuple_CheckExact(h) && !PyList_CheckExact(h)) return false;
+    coefficients = as_tuple(coefficients, held_coefficients_);
+    if (coefficients == nullptr) return false;
+    const Py_ssize_t n = PyTuple_GET_SIZE(coefficients), n_h = PySequence_Fast_GET_SIZE(h);
     if ((n != 0 && n != n_h) || n_h > kMaxH) return false;
     packed_.n_h = static_cast<int>(n_h);
     for (Py_ssize_t k = 0; k < n_h; ++k) {
@@ -104,7 +112,7 @@ class CheckedRow {
   bool set_guidance(PyObject* scale, PyObject* m_uncond) {
     if ((scale == Py_None) != (m_uncond == Py_None)) return false;
     packed_.cells[kW] = 1.0;
-    return scale == Py_None || set(kW, scale, 1.0, -kInfinity);
+    return scale == Py_None || set_alone(kW, scale, 1.0, -kInfinity);
   }
 
   // A DDIM step's row but for the guidance. Beside path values that are tensors eta is 0: of another one
@@ -114,7 +122,7 @@ class CheckedRow {
     const auto formula = static_cast<Formula>(packed_.formula);
     for (int p = 0; p < kPathCells; ++p) {
       const bool divides = (p == 0 && formula == Formula::ddim_epsilon) || (p == 1 && formula == Formula::ddim_sample);
-      if (!set(kMaxCells + p, path[p], 1.0, divides ? kAboveZero : 0.0)) return false;
+      if (!set_alone(kMaxCells + p, path[p], 1.0, divides ? kAboveZero : 0.0)) return false;
     }
     return end_ddim(packed_) && (packed_.formula == 0 || !packed_.uses(kMaxCells + kPathCells - 1));
   }
@@ -133,6 +141,7 @@ class CheckedRow {
   PackedRow packed_;
   std::array<double, kMaxValues> lows_{};
   std::vector<py::object> held_;  // tensors of one element as [1]
+  py::object held_coefficients_;  // of a list
 };
 
 }  // namespace genkern

@@ -25,14 +25,14 @@ inline py::object set_residual(Terms& t, int64_t kind, ReduceArgs& args) {
 inline PyObject* arithmetic(const ReduceArgs& args) { return torch_side().dtypes[args.map.f64 ? 3 : 0]; }
 
 // The terms, the mask and the row of a reduction; whether a gradient is asked for.
-inline bool set_reduction(PyObject* const* given, PyObject* function, Terms& t, bool& gradients) {
+inline bool set_reduction(PyObject* const* given, Terms& t, bool& gradients) {
   PyObject* const noise = given[5];
   if (!undisturbed() || !set_terms(given[1], given[2], given[3], given[4], noise, t)) return false;
   if (!add_view(given[6], t.mask, t.call.mask)) return false;
   if (t.call.mask && t.call.mask->element != Element::boolean) return false;  // numbers are looked at in Python
   if (!set_row(given[0], noise, 1, t) || t.n_out != 1) return false;
   gradients = grad_enabled() && t.wants_gradient();
-  return !gradients || (function != nullptr && (t.call.formula == 0 || !t.values_want_gradient()));
+  return !gradients || t.call.formula == 0 || !t.values_want_gradient();
 }
 
 // reduce_row(row, x, m, m_uncond, h, noise, mask, kind, scratch): fused.reduce_row of tensors, or None.
@@ -40,7 +40,7 @@ inline PyObject* reduce_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
     Terms t;
     bool gradients = false;
-    if (n != 9 || !set_reduction(given, answers().reduce_function, t, gradients)) return {};
+    if (n != 9 || !set_reduction(given, t, gradients)) return {};
     const int64_t kind = PyLong_AsLong(given[7]);
     ReduceArgs args;
     const py::object residual = set_residual(t, kind, args);
@@ -106,6 +106,8 @@ inline void without_coefficient_of_m(Terms& t) {
 inline py::object summed_loss(Terms& t, bool gradients, int64_t kind, double scale, PyObject* weight) {
   ReduceArgs args;
   args.total_scale = scale;
+  const View& like = t.like_view;
+  if (!set_weight(weight, like, args.weight)) return {};
   py::object residual;
   if (gradients) {
     residual = set_residual(t, kind, args);
@@ -113,8 +115,6 @@ inline py::object summed_loss(Terms& t, bool gradients, int64_t kind, double sca
   } else if (!set_unwritten(t, kind, args)) {
     return {};
   }
-  const View& like = t.like_view;
-  if (!set_weight(weight, like, args.weight)) return {};
   const py::object loss = new_scalar(t.like, like.device.cuda, arithmetic(args));
   View view;
   if (!loss || !fresh_view(loss.ptr(), view)) return {};
@@ -147,8 +147,7 @@ inline PyObject* loss_row(PyObject*, PyObject* const* given, Py_ssize_t n) {
     Terms t;
     bool gradients = false;
     double scale = 0.0;
-    if (n != 10 || !number_of(given[8], scale) || !set_reduction(given, answers().loss_function, t, gradients))
-      return {};
+    if (n != 10 || !number_of(given[8], scale) || !set_reduction(given, t, gradients)) return {};
     return summed_loss(t, gradients, PyLong_AsLong(given[7]), scale, given[9]);
   });
 }

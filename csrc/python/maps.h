@@ -65,7 +65,7 @@ inline py::object mapped(Terms& t, const std::vector<int>& codes, PyObject* out)
   if (out == Py_None) {
     if (!gradients) return map_to_new(t, codes);
     // The formula's path values get their gradients from torch (coefficients.py).
-    if (answers().map_function == nullptr || (t.call.formula != 0 && t.values_want_gradient())) return {};
+    if (t.call.formula != 0 && t.values_want_gradient()) return {};
     const py::object outs = map_to_new(t, codes);
     return outs ? differentiable(answers().map_function, t, codes, 0, Py_False, outs, false) : py::object();
   }
@@ -101,16 +101,16 @@ inline py::object mapped_like(Terms& t, PyObject* out) {
 
 // linear(x, m, m_uncond, h, noise, out, c_x, c_m, c_h, c_z, guidance, factor, low): the output
 // c_x x + factor (c_m m + sum_k c_hk h_k) + c_z z of tensors, its row made and its coefficients checked here, or None.
-// c_m is None where the op has no m; factor and low are floats, low the least that a coefficient may be.
+// factor and low are floats, low the least that a coefficient may be. A term that an op has not has the coefficient 0.
 inline PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
-    if (n != 13 || (given[1] == Py_None) != (given[7] == Py_None) || !undisturbed()) return {};
+    if (n != 13 || given[0] == Py_None || !undisturbed()) return {};
     const double factor = PyFloat_AsDouble(given[11]), low = PyFloat_AsDouble(given[12]);
     CheckedRow row;
     Terms t;
     if (!row.set(kFirstOut + kOutX, given[6], 1.0, low) || !row.set_guidance(given[10], given[2]) ||
-        (given[7] != Py_None && !row.set(kFirstOut + kOutM, given[7], factor, low)) ||
-        !row.set_h(given[8], given[3], factor, low) || !row.set(kFirstOut + kOutZ, given[9], 1.0, low) ||
+        !row.set(kFirstOut + kOutM, given[7], factor, low) || !row.set_h(given[8], given[3], factor, low) ||
+        !row.set(kFirstOut + kOutZ, given[9], 1.0, low) ||
         !row.into(t, given[0], given[1], given[2], given[3], given[4])) {
       return {};
     }
@@ -122,7 +122,7 @@ inline PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t n) {
 // ops.ddim_step of tensors, its row made and its coefficients checked here, or None.
 inline PyObject* ddim(PyObject*, PyObject* const* given, Py_ssize_t n) {
   return answer([&]() -> py::object {
-    if (n != 14 || given[1] == Py_None || !undisturbed()) return {};
+    if (n != 14 || given[0] == Py_None || given[1] == Py_None || !undisturbed()) return {};
     static PyObject* const no_h = PyTuple_New(0);
     CheckedRow row;
     Terms t;

@@ -20,6 +20,7 @@ struct Terms {
   std::array<PyObject*, kMaxH> h{};
   std::vector<PyObject*> values;
   py::object held_ids;  // read from a Noise
+  py::object held_h;    // of a list
   Call call;
   PyObject* like = nullptr;  // what the outputs take their shape, strides and device from
   View like_view;
@@ -79,12 +80,21 @@ inline bool set_noise_value(PyObject* noise, int64_t kind, Terms& t) {
 
 inline bool is_noise(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch_side().noise; }
 
+// A tuple as it is; of a list a tuple, which no one else can take an element from, and `held` keeps. Null of others.
+inline PyObject* as_tuple(PyObject* sequence, py::object& held) {
+  if (PyTuple_CheckExact(sequence)) return sequence;
+  if (!PyList_CheckExact(sequence)) return nullptr;
+  held = py::reinterpret_steal<py::object>(PyList_AsTuple(sequence));
+  return held.ptr();
+}
+
 // The tensors beside the row, as fused._checked and check.terms have them.
 inline bool set_terms(PyObject* x, PyObject* m, PyObject* m_uncond, PyObject* h, PyObject* noise, Terms& t) {
   if (!add_view(x, t.x, t.call.x) || !add_view(m, t.m, t.call.m) || !add_view(m_uncond, t.m_uncond, t.call.m_uncond))
     return false;
   if (!is_noise(noise) && !add_view(noise, t.z, t.call.z)) return false;
-  if (!PyTuple_CheckExact(h) || PyTuple_GET_SIZE(h) > kMaxH || !set_like(t)) return false;
+  h = as_tuple(h, t.held_h);
+  if (h == nullptr || PyTuple_GET_SIZE(h) > kMaxH || !set_like(t)) return false;
   t.call.h.reserve(static_cast<size_t>(PyTuple_GET_SIZE(h)));
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(h); ++k) {
     View view;
@@ -108,6 +118,7 @@ inline bool set_packed(PackedRow&& row, PyObject* noise, int64_t draw_kind, Term
   if (!row.draws) {
     t.z_unread = t.z != nullptr;
     if (t.z_unread && t.like == t.z) return false;
+    if (t.z_unread) array_of(*t.call.z, t.like_view, "z");  // throws where it is not of the state's kind
     t.z = nullptr;
     t.call.z.reset();
   } else if (t.z == nullptr) {
@@ -190,10 +201,13 @@ inline bool certainly_apart(const View& out, const View& in, bool may_be_same) {
 inline bool outputs_certainly_apart(const Call& call) {
   for (size_t j = 0; j < call.out.size(); ++j) {
     const View& out = call.out[j];
-    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z, &call.v, &call.known})
+    for (const MaybeView* in : {&call.x, &call.m, &call.m_uncond, &call.z, &call.v, &call.known, &call.mask})
       if (*in && !certainly_apart(out, **in, true)) return false;
     for (const View& in : call.h)
       if (!certainly_apart(out, in, true)) return false;
+    if (call.table && !certainly_apart(out, *call.table, false)) return false;
+    for (const View& in : call.values)
+      if (!certainly_apart(out, in, false)) return false;
     for (size_t k = 0; k < j; ++k)
       if (!certainly_apart(out, call.out[k], false)) return false;
   }

@@ -63,8 +63,10 @@ def outputs(
     shape: Sequence[int],
     dtypes: Sequence[Any],
     inputs: Sequence[tuple[str, Any]],
+    coefficients: Sequence[tuple[str, Any]],
 ) -> None:
-    """Given outputs: of like's kind, shape and device, of the right dtype, and each either an input itself or apart."""
+    """Given outputs: of like's kind, shape and device, of the right dtype; each an input itself or apart from it, and
+    apart from the coefficients."""
     for (name, out), dtype in zip(named, dtypes, strict=True):
         if is_tensor(out) is not is_tensor(like) or not (is_tensor(out) or is_array(out)):
             wanted = "a torch tensor" if is_tensor(like) else "a NumPy array"
@@ -78,18 +80,23 @@ def outputs(
                 raise ValueError(f"{name}: expected device {like.device}, got {out.device}")
         elif not out.flags.writeable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
-    separate(named, inputs)
+    separate(named, inputs, coefficients)
 
 
-def separate(named: Sequence[tuple[str, Any]], inputs: Sequence[tuple[str, Any]]) -> None:
-    """Outputs whose elements have addresses of their own, each an input itself or apart from all inputs and outputs."""
+def separate(
+    named: Sequence[tuple[str, Any]],
+    inputs: Sequence[tuple[str, Any]],
+    coefficients: Sequence[tuple[str, Any]] = (),
+) -> None:
+    """Outputs whose elements have addresses of their own, each an input itself or apart from all inputs, and apart from
+    all coefficients and outputs."""
     if compiling() and is_tensor(named[0][1]):
         return
     for k, (name, out) in enumerate(named):
         sizes = () if dense(out) else zip(out.shape, strides(out), strict=True)
         if any(stride == 0 and size > 1 for size, stride in sizes):
             raise ValueError(f"{name}: expected every element at its own address, got an expanded tensor")
-        for position, (other, value) in enumerate([*inputs, *named[:k]]):
+        for position, (other, value) in enumerate([*inputs, *coefficients, *named[:k]]):
             if value is None or (value is out and position < len(inputs)) or apart(out, value):
                 continue
             same = start(out) == start(value) and strides(out) == strides(value) and out.dtype == value.dtype
