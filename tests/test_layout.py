@@ -13,7 +13,7 @@ import genkern as gk
 from genkern import check, spec
 from genkern.fused import prepared
 from genkern.rows import Out, Row
-from genkern.samplers import layout, passes
+from genkern.samplers import editing, layout, passes
 from genkern.samplers.table import Stage
 
 SHAPE = (3, 4, 2)
@@ -64,9 +64,11 @@ def test_another_way_of_running_a_table_is_laid_out_anew():
         {"clip": gk.DynamicThreshold(0.9)},
         {"model_dtype": torch.bfloat16},
         {"dtype": torch.float64},
+        {"dtype": torch.float64, "model_dtype": torch.float32},
         {"differentiable": True},
         {"step_noise": torch.randn(6, *SHAPE)},
         known,
+        {**cond, "guidance_scale": 1.5, "differentiable": True},
         *({**cond, "guidance_scale": w} for w in (1.5, 3.0, torch.tensor([1.0, 2.0, 3.0]))),
         {**cond, "guidance_scale": 1.5, "guidance_rescale": 0.7},
         {**cond, "guidance_scale": 1.5, "guidance_interval": (0.0, 500.0)},
@@ -77,6 +79,9 @@ def test_another_way_of_running_a_table_is_laid_out_anew():
         return by.sample(network, noise=x, steps=6, sampler="ddpm", seed=0, **way)
 
     for way in [*ways, *reversed(ways)]:
+        assert torch.equal(run(diffusion, way), run(gk.Diffusion(), way))
+    for way in ways[1:]:  # right after the plain one, which is kept
+        run(diffusion, {})
         assert torch.equal(run(diffusion, way), run(gk.Diffusion(), way))
 
 
@@ -98,12 +103,32 @@ def test_a_packed_call_with_another_key(draw):
     assert spec.keyed(spec.packed(found), draw) == spec.packed(found._replace(key=draw))
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_guidance_beside_the_row_is_laid_out_once(several, monkeypatch):
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_second_loop_asks_no_path_how_much_is_known(sampler, monkeypatch):
     diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
-    label = [{"label": torch.full((3,), float(k))} for k in range(3)]
-    options = {"cond": label[1:], "guidance_scale": (2.0, 3.0)} if several else {"cond": label[1], "apg": gk.APG()}
-    options = {"uncond": label[0], "guidance_scale": 2.0, **options}
+    known = {"mask": torch.rand(SHAPE) < 0.5, "known": torch.randn(SHAPE)}
+
+    def run(by=diffusion):
+        return by.sample(wavy, noise=x, steps=6, sampler=sampler, seed=3, **known)
+
+    assert laid_out(monkeypatch, run) == 6
+    expected = run(gk.Diffusion())
+    monkeypatch.setattr(editing, "weights_of", lambda *a: pytest.fail("the path was asked"))
+    assert torch.equal(run(), expected)
+
+
+LABELS = [{"label": torch.full((3,), float(k))} for k in range(3)]
+EXPLICIT = {
+    "several": {"cond": LABELS[1:], "guidance_scale": (2.0, 3.0)},
+    "apg": {"cond": LABELS[1], "apg": gk.APG()},
+    "guide": {"cond": LABELS[1], "guide": lambda x, t, y: y.square().sum(), "guide_scale": 0.1},
+}
+
+
+@pytest.mark.parametrize("form", EXPLICIT)
+def test_guidance_beside_the_row_is_laid_out_once(form, monkeypatch):
+    diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
+    options = {"uncond": LABELS[0], "guidance_scale": 2.0, **EXPLICIT[form]}
 
     def run():
         return diffusion.sample(guided, noise=x, steps=6, sampler="ddim", seed=0, **options)
@@ -152,7 +177,7 @@ def test_a_loop_looks_at_its_stages_a_fixed_number_of_times(monkeypatch):
     assert 0 < read(40) < 2.5 * read(20)
 
 
-def test_a_compiled_loop_packs_nothing_and_is_not_kept():
+def test_a_compiled_loop_packs_nothing_and_is_not_kept(monkeypatch):
     diffusion, x = gk.Diffusion(), torch.randn(SHAPE)
 
     def run(clip):
@@ -162,7 +187,8 @@ def test_a_compiled_loop_packs_nothing_and_is_not_kept():
     breaks.clear()
     found = torch.compile(run, backend="eager")(1.0)
     assert not [reason for reason in breaks if "truct" in reason]
-    torch.testing.assert_close(found, run(1.0))
+    assert laid_out(monkeypatch, lambda: torch.testing.assert_close(found, run(1.0))) == 3
+    assert laid_out(monkeypatch, lambda: run(1.0)) == 0
 
 
 @pytest.mark.parametrize("sampler, of_step", [("euler", 1), ("heun", 2), ("ab2", 1), ("rk4", 4)])

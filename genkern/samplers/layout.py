@@ -67,23 +67,22 @@ def layouts(task: Run, guidance: Any) -> Sequence[Layout]:
     scales that are tensors, nor under torch.compile."""
     if task.guided is None or not task.guided.fused:
         guidance = None
-    weights = tuple(editing.weights_of(task, i) for i in range(len(task.stages))) if task.inpaint is not None else None
 
     def laid_out() -> Sequence[Layout]:
         like = torch.empty((), dtype=task.dtype, device=task.device).expand(task.shape)
-        blended = weights or (None,) * len(task.stages)
-        return tuple(_layout(task, i, guidance, of_known, like) for i, of_known in enumerate(blended))
+        return tuple(_layout(task, i, guidance, like) for i in range(len(task.stages)))
 
     if not isinstance(task.stages, Table) or isinstance(guidance, Tensor) or check.compiling():
         return laid_out()
     settings = repr((task.clip, guidance))  # 0.0 and -0.0 are equal, and two numbers
-    key = (task.differentiable, task.dtype, task.model_dtype, task.guided, task.step_noise is None, settings, weights)
+    drawn, blended = task.step_noise is None, task.inpaint is not None  # how much is known, the table's path says
+    key = (task.differentiable, task.dtype, task.model_dtype, task.guided, drawn, blended, settings)
     found: Sequence[Layout] = once(task.stages.laid_out, key, laid_out, LAID_OUT)
     return found
 
 
-def _layout(task: Run, i: int, guidance: Any, weights: tuple[float, float] | None, like: Tensor) -> Layout:
-    stage, following = task.stages[i], task.following(i)
+def _layout(task: Run, i: int, guidance: Any, like: Tensor) -> Layout:
+    stage, following, weights = task.stages[i], task.following(i), editing.weights_of(task, i)
     clip = task.clip if stage.pred is not None else None
     outs, kept = outputs(task, stage.out, following), tuple(out for _, out in stage.keeps)
     split = len(outs) + len(kept) > MAX_OUTS

@@ -106,7 +106,7 @@ class Run:
     cond: Sequence[Mapping[str, Any]]  # under guidance the unconditional ones first
     guidance: Any  # its scales
     guided: Guided | None
-    along: Parameterization | None  # what the network predicts, and on which path
+    along: Parameterization | None  # what the network predicts, and on which path; of a Table, what it was made for
     inpaint: Inpaint | None
     guide: Guide | None
     device: torch.device
