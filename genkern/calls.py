@@ -76,14 +76,14 @@ def run_map_out(spec: Spec, out: Sequence[Tensor], *tensors: Tensor | None) -> N
         run_numbers(numbers(spec), out, tensors)
 
 
-def run_ready(packed: bytes | str, out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+def run_ready(ready: bytes | str, out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
     """run_numbers past torch's dispatcher, where it can go there.
 
     Returns:
         False where nothing was written: a tensor is not plain, something watches or transforms the call, or a check
         fails, among them that every output is an input itself or certainly apart from it.
     """
-    return eager.face is not None and eager.face.map_numbers(packed, out, tensors) is not None
+    return eager.face is not None and eager.face.map_numbers(ready, out, tensors) is not None
 
 
 def run_numbers(text: str, out: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:

@@ -81,8 +81,8 @@ def apply_row(
         labels = ["out"] if n_out == 1 else [f"out[{j}]" for j in range(n_out)]
         named = list(zip(_padded(names), given.arrays, strict=False))
         named += zip(("v", "known", "mask"), given.elementwise, strict=True)
-        # A pass reads dense coefficients where they lie, and others from a copy.
-        coefficients = [("a coefficient", value) for value in packed.values if dense(value)]
+        # A pass reads dense coefficients of the arithmetic's types where they lie, and others from a copy.
+        coefficients = [("a coefficient", v) for v in packed.values if dense(v) and v.dtype.itemsize >= 4]
         check.outputs(
             list(zip(labels, outs, strict=True)), like if like is not None else outs[0], given.shape, dtypes, named,
             [*coefficients, ("the table", packed.table)],

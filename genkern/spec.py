@@ -61,9 +61,9 @@ def packed(spec: Spec) -> bytes:
     )  # fmt: skip
 
 
-def keyed(packed: bytes, key: tuple[int, ...]) -> bytes:
-    """The numbers of the same spec with another key: seed, stream and draw; () where it draws nothing."""
-    return packed[:_KEY_AT] + _KEY.pack(*(key or _NO_KEY)) + packed[_KEY_AT + _KEY.size :]
+def keyed(ready: bytes, key: tuple[int, ...]) -> bytes:
+    """What packed() gives of the same spec with another key: seed, stream and draw; () where it draws nothing."""
+    return ready[:_KEY_AT] + _KEY.pack(*(key or _NO_KEY)) + ready[_KEY_AT + _KEY.size :]
 
 
 def numbers(spec: Spec) -> str:

@@ -174,6 +174,17 @@ def test_an_output_over_coefficients_is_refused() -> None:
     columns = torch.arange(12.0).reshape(3, 4)
     gk.ops.euler_step(torch.zeros(3, 3), torch.ones(3, 3), columns[:, 0], out=columns[:, 1:])  # read as a copy
     torch.testing.assert_close(columns, columns[:, :1].expand(3, 4))
+    halves = torch.arange(4.0, dtype=torch.float16)
+    gk.ops.euler_step(torch.zeros_like(halves), torch.ones_like(halves), halves, out=halves)  # as well
+    assert halves.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@connected
+def test_a_loss_whose_coefficient_lies_in_the_state_is_one_eager_call() -> None:
+    x, m = torch.randn(4, 8), torch.randn(4, 8)
+    found = []
+    assert taken(lambda: found.append(gk.ops.path_loss(m, x, x_coef=x.view(-1)[:4]))) == 1
+    assert torch.equal(found[0], gk.ops.path_loss(m, x, x_coef=x.view(-1)[:4].clone()))
 
 
 def test_an_output_over_a_table_is_refused() -> None:

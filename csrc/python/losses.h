@@ -71,12 +71,10 @@ inline bool set_weight(PyObject* weight, const View& like, Value& to) {
   return true;
 }
 
-// A reduction of which the total alone is wanted: the residual stands where the state does, and is not written.
+// A reduction of which the total alone is wanted: of a residual that is not written.
 inline bool set_unwritten(Terms& t, int64_t kind, ReduceArgs& args) {
   if (kind < 0 || kind > 1 || dtype_code(t.like_view.element) < 0) return false;
-  t.call.out.push_back(t.like_view);
-  args.map = make_args(t.call);
-  args.map.out[0].data = nullptr;
+  args.map = make_args(t.call, 1);
   args.rho = static_cast<Rho>(kind);
   return true;
 }
