@@ -1,6 +1,6 @@
 """Derives the polynomials of csrc/kernels/philox.h and exp.h and prints them as they stand there, with their errors.
 
-    -2 log(1 + f)    = -2 f + f^2 R(f)      sqrt(1/2) - 1 <= f <= sqrt(2) - 1, absolute error
+    -2 log(1 - g/2)  = g + g^2 R(g)         sqrt(1/2) <= 1 - g/2 <= sqrt(2), absolute error
     sin(pi/4 v)      = v S(v^2)             -1 <= v <= 1, relative error
     cos(pi/4 v)      = 1 + v^2 C(v^2)       -1 <= v <= 1, relative error
     exp(r)           = 1 + r + r^2 Q(r)     -log(2) / 2 <= r <= log(2) / 2, relative error; in float32 and in float64
@@ -42,8 +42,8 @@ class Problem:
     double: bool = False  # whether its coefficients are float64
 
 
-def _log_target(f: mpf) -> mpf:
-    return (-2 * mp.log1p(f) + 2 * f) / f**2 if abs(f) > mpf(2) ** -30 else 1 - 2 * f / 3
+def _log_target(g: mpf) -> mpf:
+    return (-2 * mp.log1p(-g / 2) - g) / g**2 if abs(g) > mpf(2) ** -29 else mpf(1) / 4 + g / 12
 
 
 def _sin_target(t: mpf) -> mpf:
@@ -62,7 +62,7 @@ def _exp_target(r: mpf) -> mpf:
 
 HALF_LN2 = mp.log(2) / 2
 PROBLEMS = (
-    Problem("kLog", mp.sqrt(mpf(1) / 2) - 1, mp.sqrt(2) - 1, 7, _log_target, lambda f: f * f),
+    Problem("kLog", 2 - 2 * mp.sqrt(2), 2 - mp.sqrt(2), 7, _log_target, lambda g: g * g),
     Problem("kSin", mpf(0), mpf(1), 4, _sin_target, lambda t: 1 / _sin_target(t)),
     Problem("kCos", mpf(0), mpf(1), 3, _cos_target, lambda t: t / mp.cos(mp.pi / 4 * mp.sqrt(t))),
     Problem("kExpF", -HALF_LN2, HALF_LN2, 5, _exp_target, lambda r: r * r / mp.exp(r)),

@@ -82,7 +82,13 @@ constexpr uint32_t kReduceTerms[] = {
 constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
 
 // Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
-enum class Types { f32, mixed, half };
+// half: 16 bits everywhere; bf16, f16: all of that one type, where a pass is bound by its instructions.
+enum class Types { f32, mixed, half, bf16, f16 };
+
+constexpr bool are_halves(Types types) { return types == Types::half || types == Types::bf16 || types == Types::f16; }
+
+// Elements of a vector: 16 bytes of the narrowest state.
+constexpr int vector_of(Types types) { return are_halves(types) ? 8 : 4; }
 
 // A pass's terms and outputs, asked at run time; room for kMostHs of h and kMostOuts outputs.
 template <int kMostHs, int kMostOuts>
@@ -114,6 +120,8 @@ struct Fixed {
   template <typename Pass>
   static __device__ DType dtype(const Pass& pass, int k) {
     if (kTypes == Types::f32 && k != kMask) return DType::f32;
+    if (kTypes == Types::bf16 && k != kMask) return DType::bf16;
+    if (kTypes == Types::f16 && k != kMask) return DType::f16;
     if (kTypes == Types::half && k != kMask) return sixteen(pass.dtype[k]);
     const bool of_network = k == kM || k == kMUncond || k == kV || (k == kInputs && kReduced);
     if (of_network) return sixteen(pass.dtype[k]);
@@ -130,7 +138,7 @@ struct Fixed {
 template <int kMostHs, int kMostOuts, bool kDraws, bool kHasElementwise = false>
 struct Any : Asked<kMostHs, kMostOuts> {
   static constexpr bool kWhole = false, kDraw = kDraws, kElementwise = kHasElementwise;
-  static constexpr int kBlocks = 1;
+  static constexpr int blocks(bool) { return 1; }
 
   template <typename Pass>
   static __device__ DType dtype(const Pass& pass, int k) {
@@ -142,7 +150,7 @@ struct Any : Asked<kMostHs, kMostOuts> {
 template <int kMostHs, int kMostOuts, bool kDraws, Types kTypes, bool kReduced>
 struct Typed : Asked<kMostHs, kMostOuts>, Fixed<kTypes, kReduced> {
   static constexpr bool kDraw = kDraws, kElementwise = false;
-  static constexpr int kBlocks = kMostHs > 1 && kDraws ? 2 : 3;
+  static constexpr int blocks(bool) { return kMostHs > 1 && kDraws ? 2 : 3; }
 };
 
 template <uint32_t kTerms, Types kTypes>
@@ -157,13 +165,17 @@ struct Known : Fixed<kTypes, (kTerms & kResidual) != 0> {
   // One term scaled into one output: nothing to do where that is the term itself and the scale 1.
   static constexpr bool kScales = kTerms == terms(1, X);
   // Vectors that a thread has in flight, as they were fastest on an H100.
-  static constexpr int kUnroll = kDraw                    ? (kTypes != Types::half && kInputsGiven + kOuts <= 2 ? 2 : 1)
+  static constexpr int kUnroll = kDraw                    ? (!are_halves(kTypes) && kInputsGiven + kOuts <= 2 ? 2 : 1)
                                  : kInputsGiven == 1      ? 4
                                  : kTypes == Types::mixed ? 2
                                                           : 1;
-  // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling.
-  static constexpr int kHeld = kInputsGiven + kOuts + ((kTerms & kPredicted) != 0);
-  static constexpr int kBlocks = !kDraw ? 1 : kHeld > 6 ? 2 : kHeld > 3 ? 3 : 4;
+  // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling. What
+  // a thread holds is counted in vectors; a mask beside halves takes words of four bytes, a tile the room of a vector.
+  static constexpr int blocks(bool tile) {
+    const int held = kInputsGiven + kOuts + ((kTerms & kPredicted) != 0 ? 2 : 0) +
+                     ((kTerms & Mask) != 0 && are_halves(kTypes) ? 2 : 0) + (tile ? 1 : 0);
+    return !kDraw ? 1 : held > 7 ? 2 : held > 5 ? 3 : held > 3 || kUnroll > 1 ? 4 : 5;
+  }
 
   template <typename Pass>
   static __device__ constexpr bool has(const Pass&, int k) {

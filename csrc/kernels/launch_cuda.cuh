@@ -22,7 +22,7 @@ inline int vector_width(const MapArgs& args) {
 // tile is worth a block.
 struct Tiles {
   int32_t quad = 0, run = 1, pixels = 0;
-  int64_t blocks = 1;  // a sample
+  int64_t along = 1, of_sample = 1;  // tiles of that dimension, of a sample
 
   bool of(const Walk& walk, int vec) {
     constexpr int64_t kLeast = 512;
@@ -35,8 +35,8 @@ struct Tiles {
     }
     if (walk.sizes[quad] * run < kLeast) return false;
     pixels = kTile / run / vec * vec;
-    for (int d = 0; d < quad; ++d) blocks *= walk.sizes[d];
-    blocks *= (walk.sizes[quad] + pixels - 1) / pixels;
+    of_sample = along = (walk.sizes[quad] + pixels - 1) / pixels;
+    for (int d = 0; d < quad; ++d) of_sample *= walk.sizes[d];
     return true;
   }
 };
@@ -54,6 +54,17 @@ inline uint32_t terms_of(const MapArgs& args, uint32_t reduced) {
     if (args.in[k].data != nullptr) found |= 1u << k;
   if (args.noise.draw_kind != Draw::none) found |= kDrawn;
   return args.use_pred ? found | kPredicted : found;
+}
+
+// Of a pass of 16 bits: whether they are of one type, and of which. The mask may be of any.
+inline Types halves_of(const MapArgs& args) {
+  bool bf16 = true, f16 = true;
+  for (int k = 0; k < kArrays; ++k) {
+    if (!given(args, k) || k == kMask) continue;
+    bf16 = bf16 && array_of(args, k).dtype == DType::bf16;
+    f16 = f16 && array_of(args, k).dtype == DType::f16;
+  }
+  return bf16 ? Types::bf16 : f16 ? Types::f16 : Types::half;
 }
 
 // Whether a pass is of fixed types, in whole aligned vectors; and of which types.
@@ -76,8 +87,8 @@ inline bool fixed(const MapArgs& args, const Walk& walk, uint32_t reduced, Types
     if (either) least = std::min(least, size(k));
   }
   if (state > 4 || network > state || (network == 4 && least == 2)) return false;
-  types = state == 2 ? Types::half : least == 2 ? Types::mixed : Types::f32;
-  const int vec = types == Types::half ? 8 : 4;
+  types = state == 2 ? halves_of(args) : least == 2 ? Types::mixed : Types::f32;
+  const int vec = vector_of(types);
   if (walk.n % vec != 0) return false;
   for (int k = 0; k < kArrays; ++k) {
     if (!given(args, k)) continue;
@@ -88,12 +99,22 @@ inline bool fixed(const MapArgs& args, const Walk& walk, uint32_t reduced, Types
   return true;
 }
 
+// Halves that draw have kernels by type, the others one for both types.
+template <uint32_t kTerms, Types kTypes, Layout kLayout, typename Operation>
+bool launch_known(const Operation& operation) {
+  constexpr bool kDraw = (kTerms & kDrawn) != 0;
+  constexpr Types kOwn = are_halves(kTypes) && !kDraw ? Types::half : kTypes;
+  if constexpr (kDraw && kTypes == Types::half) {
+    return false;
+  } else {
+    operation.template launch<Vector<float, vector_of(kOwn), kLayout, Known<kTerms, kOwn>>>();
+    return true;
+  }
+}
+
 template <const auto& kTerms, Types kTypes, Layout kLayout, typename Operation, size_t... I>
 bool launch_terms(uint32_t terms, const Operation& operation, std::index_sequence<I...>) {
-  constexpr int kVec = kTypes == Types::half ? 8 : 4;
-  return ((terms == kTerms[I] &&
-           (operation.template launch<Vector<float, kVec, kLayout, Known<kTerms[I], kTypes>>>(), true)) ||
-          ...);
+  return ((terms == kTerms[I] && launch_known<kTerms[I], kTypes, kLayout>(operation)) || ...);
 }
 
 template <const auto& kTerms, Layout kLayout, typename Operation>
@@ -102,6 +123,8 @@ bool launch_types(uint32_t terms, Types types, const Operation& operation) {
   switch (types) {
     case Types::f32: return launch_terms<kTerms, Types::f32, kLayout>(terms, operation, kAll);
     case Types::mixed: return launch_terms<kTerms, Types::mixed, kLayout>(terms, operation, kAll);
+    case Types::bf16: return launch_terms<kTerms, Types::bf16, kLayout>(terms, operation, kAll);
+    case Types::f16: return launch_terms<kTerms, Types::f16, kLayout>(terms, operation, kAll);
     default: return launch_terms<kTerms, Types::half, kLayout>(terms, operation, kAll);
   }
 }
@@ -111,9 +134,8 @@ template <int kHs, int kOuts, bool kDraws, typename Operation>
 void launch_typed(Types types, const Operation& operation) {
   const auto launch = [&](auto known) {
     constexpr Types kTypes = decltype(known)::value;
-    constexpr int kVec = kTypes == Types::half ? 8 : 4;
     using Facts = Typed<kHs, kOuts, kDraws, kTypes, Operation::kReduced != 0>;
-    operation.template launch<Vector<float, kVec, Layout::linear, Facts>>();
+    operation.template launch<Vector<float, vector_of(kTypes), Layout::linear, Facts>>();
   };
   switch (types) {
     case Types::f32: return launch(std::integral_constant<Types, Types::f32>());
@@ -133,8 +155,7 @@ bool launch_fixed(const MapArgs& args, const Walk& walk, const Operation& operat
     if (!launch_types<kLinear, Layout::linear>(terms, types, operation)) typed(types);
     return true;
   }
-  return Tiles().of(walk, types == Types::half ? 8 : 4) &&
-         launch_types<kPermuted, Layout::permuted>(terms, types, operation);
+  return Tiles().of(walk, vector_of(types)) && launch_types<kPermuted, Layout::permuted>(terms, types, operation);
 }
 
 template <int kValue>
@@ -245,6 +266,14 @@ inline int most_chunks(const MapArgs& args, int vec) {
   return args.noise.draw_kind == Draw::none ? 1 : vec == 8 ? 8 : 2;
 }
 
+// Tiles that a block gains by: as many as chunks of halves, since what a thread finds out before its first is much.
+constexpr int kMostTiles = 8;
+
+// Of so many chunks a group of samples, and so many groups: those of a block.
+inline int32_t chunks_of(int64_t chunks, int64_t groups, int most) {
+  return static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(chunks * groups / kManyBlocks, most), 1));
+}
+
 struct Launch {
   dim3 block, grid;
 };
@@ -263,8 +292,7 @@ inline Launch lay_chunks(int64_t batch, int64_t n, int vec, int unroll, int most
   while (tx < kThreads && static_cast<int64_t>(tx) * unroll < vectors) tx *= 2;
   const int ty = kThreads / tx;
   const int64_t chunk = static_cast<int64_t>(tx) * unroll, of_sample = (vectors + chunk - 1) / chunk;
-  const int64_t each = std::min<int64_t>(of_sample * ((batch + ty - 1) / ty) / kManyBlocks, most);
-  chunks = static_cast<int32_t>(std::max<int64_t>(each, 1));
+  chunks = chunks_of(of_sample, (batch + ty - 1) / ty, most);
   blocks = (of_sample + chunks - 1) / chunks;
   return grid_of(dim3(tx, ty), blocks, batch);
 }
@@ -297,9 +325,10 @@ Launch lay(const MapArgs& args, const Walk& walk, int most, typename V::Pass& pa
     Tiles tiles;
     tiles.of(walk, V::kVec);
     pass.quad = tiles.quad, pass.run = tiles.run, pass.pixels = tiles.pixels;
-    pass.tiles = static_cast<uint32_t>((walk.sizes[tiles.quad] + tiles.pixels - 1) / tiles.pixels);
-    pass.blocks = tiles.blocks, pass.chunks = 1;
-    return grid_of(dim3(kThreads), tiles.blocks, walk.batch);
+    pass.tiles_along = static_cast<uint32_t>(tiles.along), pass.tiles = static_cast<uint32_t>(tiles.of_sample);
+    pass.chunks = chunks_of(tiles.of_sample, walk.batch, std::max(most, kMostTiles));
+    pass.blocks = (tiles.of_sample + pass.chunks - 1) / pass.chunks;
+    return grid_of(dim3(kThreads), pass.blocks, walk.batch);
   } else {
     return lay_chunks(walk.batch, walk.n, V::kVec, V::Facts::kUnroll, most, pass.blocks, pass.chunks);
   }

@@ -15,6 +15,7 @@ namespace genkern {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kMaxRows = 64;  // samples a block
 constexpr int kTile = 2048;   // elements of a permuted walk that a block takes
 constexpr int kArrays = kInputs + kMaxOuts;
@@ -34,7 +35,7 @@ struct Pass {
   Acc cells[kMaxCells];  // the row of every sample
   bool direct;           // each thread reads its sample's row for itself
   NoiseSource noise;
-  PhiloxRounds keys;  // of the noise, where its key is not in device memory
+  PhiloxRounds keys;  // of the noise, unless its key is in device memory
   RowSource rows;
 };
 
@@ -52,10 +53,10 @@ struct StridedPass : Pass<Acc> {
   int32_t ndim;
   int64_t sizes[kMaxDims];
   int64_t strides[kWalkArrays][kMaxDims];
-  // A permuted walk: the dimension of index stride 1, the elements of the faster ones, how much of it is a tile, and
-  // how many tiles it has.
+  // A permuted walk: the dimension of index stride 1, the elements of the faster ones, how much of it is a tile, how
+  // many tiles it has, and a sample has.
   int32_t quad, run, pixels;
-  uint32_t tiles;
+  uint32_t tiles_along, tiles;
 };
 
 // A pass with elementwise coefficients.
@@ -69,7 +70,6 @@ struct ElementwisePass : Base {
 template <typename Acc, int kCells>
 struct Shared {
   Acc rows[kMaxRows][kCells];
-  PhiloxRounds keys;
 };
 
 // This thread's sample: groups of blockDim.y samples along y and z of the grid (y alone ends at 65535).
@@ -110,22 +110,18 @@ __device__ __forceinline__ void read_row(const RowSource& source, const RowPlace
   }
 }
 
-// Brings into shared memory what is not among the pass's own numbers: the rows of the block's samples, unless threads
-// read them for themselves, and the keys of noise whose seed is in device memory. Every thread of the block calls it.
-template <bool kDraw, typename Acc, int kCells>
+// Brings the rows of the block's samples into shared memory, unless threads read them for themselves. Every thread of
+// the block calls it.
+template <typename Acc, int kCells>
 __device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells>& shared) {
-  const int64_t* seed = kDraw ? pass.noise.device_key : nullptr;
-  const bool by_sample = pass.by_sample && !pass.direct;
-  if (!by_sample && seed == nullptr) return;
+  if (!pass.by_sample || pass.direct) return;
   const RowPlace place(pass.rows);
-  if (by_sample && b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
+  if (b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);
   if (pass.rows.formula != Formula::none) {
     __syncthreads();  // a formula's cells come over values
     if (place.first == 0 && b < pass.batch) formula_cells(pass.rows, b, pass.use_pred, shared.rows[place.place]);
   }
-  if (kDraw && seed != nullptr && threadIdx.x + threadIdx.y == 0)
-    shared.keys = philox_rounds(philox_key(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1])));
-  if (place.of_warp && seed == nullptr) {
+  if (place.of_warp) {
     __syncwarp();
   } else {
     __syncthreads();

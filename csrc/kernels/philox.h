@@ -97,15 +97,15 @@ GENKERN_HD Words4 sample_words(uint32_t quad, uint32_t draw, uint64_t sample_id,
   return philox4x32_10(quad, draw, static_cast<uint32_t>(sample_id), static_cast<uint32_t>(sample_id >> 32), key);
 }
 
-// -2 log(1 + f) = -2 f + f^2 R(f), 1 + f in [sqrt(1/2), sqrt(2)]
+// -2 log(1 - g/2) = g + g^2 R(g), 1 - g/2 in [sqrt(1/2), sqrt(2)]
 // largest weighted error 7.6e-08 (7.4e-08 before the coefficients were rounded)
-constexpr float kLog0 = 0x1.0000c4p+0f;
-constexpr float kLog1 = -0x1.555a64p-1f;
-constexpr float kLog2 = 0x1.ff35f8p-2f;
-constexpr float kLog3 = -0x1.974fd8p-2f;
-constexpr float kLog4 = 0x1.62d618p-2f;
-constexpr float kLog5 = -0x1.4e8ddep-2f;
-constexpr float kLog6 = 0x1.9b04cep-3f;
+constexpr float kLog0 = 0x1.0000c4p-2f;
+constexpr float kLog1 = 0x1.555a64p-4f;
+constexpr float kLog2 = 0x1.ff35f8p-6f;
+constexpr float kLog3 = 0x1.974fd8p-7f;
+constexpr float kLog4 = 0x1.62d618p-8f;
+constexpr float kLog5 = 0x1.4e8ddep-9f;
+constexpr float kLog6 = 0x1.9b04cep-11f;
 // sin(pi/4 v) = v S(v^2), |v| <= 1
 // largest weighted error 2.8e-08 (3.2e-09 before the coefficients were rounded)
 constexpr float kSin0 = 0x1.921fb6p-1f;
@@ -122,20 +122,21 @@ constexpr float kMinus2Ln2 = -0x1.62e43p-23f;
 // sqrt(-2 log u), u = (w + 1/2) 2^-32.
 //
 // x = min(u, 1 - u) is rounded, to 24 bits wherever u lies, so that -log(1 - x) keeps its digits near u = 1. With
-// u = 2^e (1 + f), e and f are read off the bits of u; where e = 0 (only above sqrt(1/2)) f = -x.
+// u = 2^e (1 - g/2), e and g are read off the bits of u; where e = 0 (only above sqrt(1/2)) g = 2 x. x and u are
+// carried doubled, so that g is at hand.
 GENKERN_HD float box_muller_radius(uint32_t w) {
   const int32_t word = static_cast<int32_t>(w);
-  const float x = fma_(static_cast<float>(word ^ (word >> 31)), 0x1p-32f, 0x1p-33f);
-  const float u = word < 0 ? 1.0f - x : x;
-  const uint32_t e = (bits_of(u) - 0x3f3504f3u) & 0xff800000u;  // from the bits of sqrt(1/2): e 2^23
-  const float f = e == 0 ? -x : float_of(bits_of(u) - e) - 1.0f;
-  float p = fma_(kLog6, f, kLog5);
-  p = fma_(p, f, kLog4);
-  p = fma_(p, f, kLog3);
-  p = fma_(p, f, kLog2);
-  p = fma_(p, f, kLog1);
-  p = fma_(p, f, kLog0);
-  p = fma_(f * f, p, -2.0f * f);
+  const float x2 = fma_(static_cast<float>(word ^ (word >> 31)), 0x1p-31f, 0x1p-32f);
+  const float u2 = word < 0 ? 2.0f - x2 : x2;
+  const uint32_t e = (bits_of(u2) - 0x3fb504f3u) & 0xff800000u;  // from the bits of sqrt(2): e 2^23
+  const float g = e == 0 ? x2 : 2.0f - float_of(bits_of(u2) - e);
+  float p = fma_(kLog6, g, kLog5);
+  p = fma_(p, g, kLog4);
+  p = fma_(p, g, kLog3);
+  p = fma_(p, g, kLog2);
+  p = fma_(p, g, kLog1);
+  p = fma_(p, g, kLog0);
+  p = fma_(g * g, p, g);
   return sqrt_normal(fma_(static_cast<float>(static_cast<int32_t>(e)), kMinus2Ln2, p));  // in [2^-32, 46]
 }
 
@@ -154,18 +155,20 @@ GENKERN_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   float c = fma_(kCos2, v2, kCos1);
   c = fma_(c, v2, kCos0);
   c = fma_(c, v2, 1.0f);
+  const float signed_r = float_of(bits_of(r) ^ (h & 0x80000000u));  // minus in quadrants 2 and 3
 #if defined(__CUDA_ARCH__)
-  const bool odd = static_cast<int32_t>(h << 1) < 0;
-  const uint32_t even_s = bits_of(odd ? c : s), even_c = bits_of(odd ? s : c);
+  // The instruction that masks the bit says whether it is set, unless the compiler sees one bit and shifts it down.
+  uint32_t bit;
+  asm("and.b32 %0, %1, 0x40000000;" : "=r"(bit) : "r"(h));
+  const bool odd = bit != 0;
+  const float cosine = odd ? -s : c, sine = odd ? c : s;
 #else  // in AVX2 a selection takes three operations, and exchanging by exclusive ors fewer than two selections
   const uint32_t odd = static_cast<uint32_t>(static_cast<int32_t>(h << 1) >> 31);
   const uint32_t exchange = (bits_of(s) ^ bits_of(c)) & odd;
-  const uint32_t even_s = bits_of(s) ^ exchange, even_c = bits_of(c) ^ exchange;
+  const float cosine = float_of(bits_of(c) ^ exchange ^ (odd & 0x80000000u)), sine = float_of(bits_of(s) ^ exchange);
 #endif
-  const uint32_t cosine = even_c ^ ((h + 0x40000000u) & 0x80000000u);  // minus in quadrants 1 and 2
-  const uint32_t sine = even_s ^ (h & 0x80000000u);                    // minus in quadrants 2 and 3
-  z0 = r * float_of(cosine);
-  z1 = r * float_of(sine);
+  z0 = signed_r * cosine;
+  z1 = signed_r * sine;
 }
 
 GENKERN_HD Floats4 normal4(const Words4& words) {

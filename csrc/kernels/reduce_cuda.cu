@@ -171,7 +171,7 @@ size_t reduce_workspace_cuda(const MapArgs& args) {
   int32_t chunks = 0;
   lay_chunks(walk.batch, walk.n, walk.linear ? vector_width(args) : 1, 1, 1, blocks, chunks);
   Tiles tiles;
-  if (tiles.of(walk, vector_width(args))) blocks = std::max(blocks, tiles.blocks);
+  if (tiles.of(walk, vector_width(args))) blocks = std::max(blocks, tiles.of_sample);
   return (static_cast<size_t>(walk.batch * blocks) * 2 + kTotalBlocks) * sizeof(double);
 }
 

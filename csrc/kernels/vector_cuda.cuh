@@ -133,8 +133,9 @@ struct Vector {
   using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
   // Of any pass with elementwise coefficients, two where the registers suffice for them.
-  static constexpr int kBlocks =
-      Facts::kElementwise && !Facts::kWhole && kVec == 4 && sizeof(Acc) == 4 ? 2 : Facts::kBlocks;
+  static constexpr int kBlocks = Facts::kElementwise && !Facts::kWhole && kVec == 4 && sizeof(Acc) == 4
+                                     ? 2
+                                     : Facts::blocks(kLayout == Layout::permuted);
   // Vectors of 8 are of halves only.
   static constexpr int kWords = kVec == 8 ? 4 : (kVec * sizeof(Acc) + 3) / 4;
 

@@ -13,13 +13,19 @@ struct Quads {
   uint32_t draw, low, high;
   bool normal;
 
-  template <typename S>
-  __device__ __forceinline__ Quads(const Pass<Acc>& pass, const S& shared, int64_t b) {
+  __device__ __forceinline__ Quads(const Pass<Acc>& pass, int64_t b) {
     if constexpr (Facts::kDraw) {
       const NoiseSource& source = pass.noise;
-      const bool on_device = source.device_key != nullptr;
-      keys = on_device ? shared.keys : pass.keys;
-      draw = source.draw + (on_device ? static_cast<uint32_t>(source.device_key[2]) : 0u);
+      keys = pass.keys;
+      draw = source.draw;
+      if (source.device_key != nullptr) {
+        // Said to be one number a warp, keys stay in uniform registers, of which there are enough: 20 of each thread's
+        // would cost a quarter of the warps.
+        const int64_t* const key = source.device_key;
+        const PhiloxKey own = philox_key(static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1]));
+        keys = philox_rounds({__shfl_sync(kWholeWarp, own.k0, 0), __shfl_sync(kWholeWarp, own.k1, 0)});
+        draw += static_cast<uint32_t>(key[2]);
+      }
       const int64_t id = source.sample_ids != nullptr && b < pass.batch ? source.sample_ids[b] : b;
       low = static_cast<uint32_t>(id), high = static_cast<uint32_t>(static_cast<uint64_t>(id) >> 32);
       normal = Facts::kWhole || source.draw_kind == Draw::normal;
@@ -57,21 +63,21 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
   if constexpr (V::Facts::kScales) {
     scales = pass.by_sample && pass.data[kX] == pass.data[kInputs] && pass.dtype[kX] == pass.dtype[kInputs];
     if (scales) {
-      share<false>(pass, b, shared);
+      share(pass, b, shared);
       if (b >= pass.batch || Cells<Acc, typename V::Facts>(pass, shared, b)[kFirstOut + kOutX] == Acc(1)) return;
     }
   }
   V vectors[kUnroll];
-  int64_t chunk = static_cast<int64_t>(blockIdx.x) * pass.chunks;
+  const int64_t apart = static_cast<int64_t>(blockDim.x) * V::kVec;
+  int64_t first = static_cast<int64_t>(blockIdx.x) * pass.chunks * kUnroll * apart + threadIdx.x * V::kVec;
   const auto fetch = [&] {
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-      vectors[i].fetch(pass, b, ((chunk * kUnroll + i) * blockDim.x + threadIdx.x) * V::kVec, pass.n);
+    for (int i = 0; i < kUnroll; ++i) vectors[i].fetch(pass, b, first + i * apart, pass.n);
   };
   fetch();
-  if (!scales) share<V::Facts::kDraw>(pass, b, shared);
+  if (!scales) share(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared, b);
-  const Quads<typename V::Facts, Acc> quads(pass, shared, b);
+  const Quads<typename V::Facts, Acc> quads(pass, b);
   for (int done = 1;; ++done) {
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
@@ -86,7 +92,7 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
         } else {
 #pragma unroll
           for (int q = 0; q < V::kVec / 4; ++q) {
-            const Floats4 four = quads(static_cast<uint32_t>(vector.e / 4) + q);
+            const Floats4 four = quads(static_cast<uint32_t>(static_cast<uint64_t>(vector.e) >> 2) + q);
 #pragma unroll
             for (int i = 0; i < 4; ++i) values[4 * q + i] = four.v[i];
           }
@@ -94,66 +100,90 @@ __device__ __forceinline__ void walk_chunks(const typename V::Pass& pass, typena
       });
     }
     if (done >= pass.chunks) return;
-    ++chunk;
+    first += kUnroll * apart;
     fetch();
   }
 }
 
-// Where number i of a tile lies: groups of four swap places within eight, so that numbers 4 or 16 apart, as
-// channels_last images of 4 channels have them, are in different banks. Four in a row stay so.
-__device__ __forceinline__ int in_banks(int i) { return i ^ (i >> 3 & 28); }
+// Where the number of a tile lies that is `byte` bytes from its first: groups of four swap places within eight, so that
+// numbers 4 or 16 apart, as channels_last images of 4 channels have them, are in different banks. Four in a row stay
+// so.
+__device__ __forceinline__ char* in_banks(float* tile, uint32_t byte) {
+  return reinterpret_cast<char*>(tile) + (byte ^ (byte >> 3 & 112));
+}
 
 // permuted: along the dimension of index stride 1 (`quad`), a quad's numbers are a whole run of the faster dimensions
 // apart. A block draws the numbers of a tile, `pixels` along that dimension by all the faster ones, into shared memory
-// in the order of memory, and then walks the tile, which memory holds in one piece.
+// in the order of memory, and then walks the tile, which memory holds in one piece; and so on with the tiles after it.
 template <typename V, typename Consume>
-__device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
+__device__ __forceinline__ void walk_tiles(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
   using Acc = typename V::Acc;
-  constexpr int kVectors = kTile / kThreads / V::kVec;
+  constexpr int kVectors = kTile / kThreads / V::kVec, kQuads = kTile / kThreads / 4;
   __shared__ __align__(16) float tile[kTile];
   const int64_t b = sample_of_thread();
   const int64_t along = pass.sizes[pass.quad];
-  const uint32_t outer = blockIdx.x / pass.tiles;
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x - outer * pass.tiles) * pass.pixels;
-  const int64_t begin = (outer * along + pixel) * pass.run;
-  const int pixels = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels);
-  const int size = pixels * pass.run;
+  const uint32_t run = static_cast<uint32_t>(pass.run), run_bytes = 4 * run;
+  uint32_t number = blockIdx.x * static_cast<uint32_t>(pass.chunks);
+  const uint32_t left = pass.tiles - number, after = number + (left < pass.chunks ? left : pass.chunks);
+  uint32_t outer = number / pass.tiles_along;
+  int64_t pixel = static_cast<int64_t>(number - outer * pass.tiles_along) * pass.pixels;
+  int64_t begin = (outer * along + pixel) * run, row = index_of(pass, outer, 0, pass.quad - 1);
+  int size = 0;
   const auto offset = [](int k) { return (k * kThreads + static_cast<int>(threadIdx.x)) * V::kVec; };
   // Whole vectors' loads are in flight while the noise is drawn.
   V vectors[V::Facts::kWhole ? kVectors : 1];
-  if constexpr (V::Facts::kWhole) {
+  const auto fetch = [&] {
+    size = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels) * pass.run;
+    if constexpr (V::Facts::kWhole) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
-  }
-  share<true>(pass, b, shared);
+      for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
+    }
+  };
+  fetch();
+  share(pass, b, shared);
   const Cells<Acc, typename V::Facts> cells(pass, shared, b);
-  const Quads<typename V::Facts, Acc> quads(pass, shared, b);
-  const auto first = static_cast<uint32_t>((index_of(pass, outer, 0, pass.quad - 1) + pixel) / 4);
-  const auto run = static_cast<uint32_t>(pass.run);
-  // Beside the quad's own, strides of the index are multiples of 4.
+  const Quads<typename V::Facts, Acc> quads(pass, b);
+  // Where this thread's quads go in a tile, in bytes, and which they are, from the tile's first on. Beside the quad's
+  // own, strides of the index are multiples of 4.
+  uint32_t to[kQuads], from[kQuads];
   const bool one_faster = pass.quad + 2 == pass.ndim;
   const auto stride = static_cast<uint32_t>(pass.strides[kIndex][pass.ndim - 1] / 4);
-  for (uint32_t j = threadIdx.x; j < static_cast<uint32_t>(size) / 4; j += kThreads) {
-    const uint32_t four = j / run, c = j - four * run;
-    const uint32_t across =
-        one_faster ? c * stride : static_cast<uint32_t>(index_of(pass, c, pass.quad + 1, pass.ndim - 1) / 4);
-    const Floats4 z = quads(first + four + across);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[in_banks((4 * four + i) * run + c)] = z.v[i];
+  for (int q = 0; q < kQuads; ++q) {
+    const uint32_t j = q * kThreads + threadIdx.x, four = j / run, c = j - four * run;
+    to[q] = 4 * (4 * four * run + c);
+    from[q] =
+        four + (one_faster ? c * stride : static_cast<uint32_t>(index_of(pass, c, pass.quad + 1, pass.ndim - 1) / 4));
   }
-  __syncthreads();
-#pragma unroll(V::Facts::kWhole ? kVectors : 1)
-  for (int k = 0; k < kVectors; ++k) {
-    V& vector = vectors[V::Facts::kWhole ? k : 0];
-    if constexpr (!V::Facts::kWhole) vector.fetch(pass, b, begin + offset(k), begin + size);
-    if (vector.count == 0) continue;
-    consume(vector, cells, [&](Acc* values) {
+  for (;;) {
+    const auto first = static_cast<uint32_t>((row + pixel) / 4);
 #pragma unroll
-      for (int i = 0; i < V::kVec; i += 4) {
-        const float4 z = *reinterpret_cast<const float4*>(tile + in_banks(offset(k) + i));
-        values[i] = z.x, values[i + 1] = z.y, values[i + 2] = z.z, values[i + 3] = z.w;
-      }
-    });
+    for (int q = 0; q < kQuads; ++q) {
+      if (q * kThreads + static_cast<int>(threadIdx.x) >= size / 4) break;
+      const Floats4 z = quads(first + from[q]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) *reinterpret_cast<float*>(in_banks(tile, to[q] + i * run_bytes)) = z.v[i];
+    }
+    __syncthreads();
+#pragma unroll(V::Facts::kWhole ? kVectors : 1)
+    for (int k = 0; k < kVectors; ++k) {
+      V& vector = vectors[V::Facts::kWhole ? k : 0];
+      if constexpr (!V::Facts::kWhole) vector.fetch(pass, b, begin + offset(k), begin + size);
+      if (vector.count == 0) continue;
+      consume(vector, cells, [&](Acc* values) {
+#pragma unroll
+        for (int i = 0; i < V::kVec; i += 4) {
+          const float4 z = *reinterpret_cast<const float4*>(in_banks(tile, 4 * (offset(k) + i)));
+          values[i] = z.x, values[i + 1] = z.y, values[i + 2] = z.z, values[i + 3] = z.w;
+        }
+      });
+    }
+    if (++number == after) return;
+    __syncthreads();  // before the tile is written again
+    begin += size;
+    pixel += pass.pixels;
+    if (pixel >= along) pixel = 0, row = index_of(pass, ++outer, 0, pass.quad - 1);
+    fetch();
   }
 }
 
@@ -161,7 +191,7 @@ __device__ __forceinline__ void walk_tile(const typename V::Pass& pass, typename
 template <typename V, typename Consume>
 __device__ __forceinline__ void walk(const typename V::Pass& pass, typename V::Shared& shared, Consume consume) {
   if constexpr (V::kLayout == Layout::permuted) {
-    walk_tile<V>(pass, shared, consume);
+    walk_tiles<V>(pass, shared, consume);
   } else {
     walk_chunks<V>(pass, shared, consume);
   }

@@ -100,6 +100,9 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() { swapcontext(&emulation::fibers[emulation::current].context, &emulation::scheduler); }
 inline void __syncwarp(unsigned = 0) { __syncthreads(); }
 
+// A warp's number from its first lane, of one that all lanes have.
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int) { return value; }
+
 namespace emulation {
 
 // kernel<<<grid, block>>>: blocks in order, the threads of one in turns from barrier to barrier.
