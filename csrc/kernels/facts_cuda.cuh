@@ -170,10 +170,14 @@ struct Known : Fixed<kTypes, (kTerms & kResidual) != 0> {
                                  : kTypes == Types::mixed ? 2
                                                           : 1;
   // Blocks that a multiprocessor is to hold: what hides the latency of the normals' arithmetic, short of spilling. What
-  // a thread holds is counted in vectors; a mask beside halves takes words of four bytes, a tile the room of a vector.
+  // a thread holds is counted in vectors; a mask beside halves takes words of four bytes; of a tile there are two
+  // vectors, in wider types four.
   static constexpr int blocks(bool tile) {
     const int held = kInputsGiven + kOuts + ((kTerms & kPredicted) != 0 ? 2 : 0) +
-                     ((kTerms & Mask) != 0 && are_halves(kTypes) ? 2 : 0) + (tile ? 1 : 0);
+                     ((kTerms & Mask) != 0 && are_halves(kTypes) ? 2 : 0) +
+                     (!tile                ? 0
+                      : are_halves(kTypes) ? 1
+                                           : 1 + kInputsGiven);
     return !kDraw ? 1 : held > 7 ? 2 : held > 5 ? 3 : held > 3 || kUnroll > 1 ? 4 : 5;
   }
 

@@ -259,11 +259,15 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
 constexpr int64_t kManyBlocks = 4096;
 
 // Chunks that a block gains by: where a scale is 1 blocks have nothing to do; a formula is evaluated once a block;
-// normals of halves are bound by arithmetic, of which the keys of the rounds are a part; elsewhere short blocks keep
-// the memory busier than long ones.
+// where normals are bound by arithmetic, in halves and where nothing is read or nothing written, what a block does
+// before its first chunk and after its last counts; elsewhere short blocks keep the memory busier than long ones.
 inline int most_chunks(const MapArgs& args, int vec) {
   if (args.scales_in_place() || args.rows.formula != Formula::none) return 16;
-  return args.noise.draw_kind == Draw::none ? 1 : vec == 8 ? 8 : 2;
+  if (args.noise.draw_kind == Draw::none) return 1;
+  if (vec == 8) return 8;
+  bool reads = false;
+  for (const Array& in : args.in) reads = reads || in.data != nullptr;
+  return reads && args.out[0].data != nullptr ? 2 : 4;
 }
 
 // Tiles that a block gains by: as many as chunks of halves, since what a thread finds out before its first is much.

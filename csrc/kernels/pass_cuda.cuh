@@ -15,9 +15,10 @@ namespace genkern {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kMaxRows = 64;  // samples a block
-constexpr int kTile = 2048;   // elements of a permuted walk that a block takes
+constexpr int kTile = 4096;   // elements of a permuted walk that a block takes
 constexpr int kArrays = kInputs + kMaxOuts;
 
 template <typename Acc>
@@ -66,17 +67,18 @@ struct ElementwisePass : Base {
   uint32_t blended;
 };
 
-// What the threads of a block share.
-template <typename Acc, int kCells>
+// What the threads of a block share: rows of samples, or one of each warp.
+template <typename Acc, int kCells, int kRows>
 struct Shared {
-  Acc rows[kMaxRows][kCells];
+  Acc rows[kRows][kCells];
 };
 
-// This thread's sample: groups of blockDim.y samples along y and z of the grid (y alone ends at 65535).
-__device__ __forceinline__ int64_t sample_of_thread() {
-  const int64_t group = blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z;
-  return group * blockDim.y + threadIdx.y;
+// Groups of blockDim.y samples lie along y and z of the grid (y alone ends at 65535).
+__device__ __forceinline__ int64_t group_of_block() {
+  return blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z;
 }
+
+__device__ __forceinline__ int64_t sample_of_thread() { return group_of_block() * blockDim.y + threadIdx.y; }
 
 // Where a thread finds its sample's row in shared memory: in its warp's own place, where a warp is of one sample, so
 // that it waits for no other warp; else, and where a formula is evaluated once a block, in that of the sample.
@@ -85,7 +87,6 @@ struct RowPlace {
   int place, first, step;  // this thread's part of filling it
 
   __device__ __forceinline__ explicit RowPlace(const RowSource& source) {
-    constexpr int kWarp = 32;
     of_warp = source.formula == Formula::none && blockDim.x >= kWarp;
     place = of_warp ? (threadIdx.y * blockDim.x + threadIdx.x) / kWarp : threadIdx.y;
     step = of_warp ? kWarp : blockDim.x;
@@ -112,8 +113,8 @@ __device__ __forceinline__ void read_row(const RowSource& source, const RowPlace
 
 // Brings the rows of the block's samples into shared memory, unless threads read them for themselves. Every thread of
 // the block calls it.
-template <typename Acc, int kCells>
-__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells>& shared) {
+template <typename Acc, int kCells, int kRows>
+__device__ __forceinline__ void share(const Pass<Acc>& pass, int64_t b, Shared<Acc, kCells, kRows>& shared) {
   if (!pass.by_sample || pass.direct) return;
   const RowPlace place(pass.rows);
   if (b < pass.batch) read_row(pass.rows, place, b, shared.rows[place.place]);

@@ -130,7 +130,8 @@ struct Vector {
   static constexpr Layout kLayout = kLayout_;
   using Laid = std::conditional_t<kLayout == Layout::linear, LinearPass<Acc>, StridedPass<Acc>>;
   using Pass = std::conditional_t<Facts::kElementwise, ElementwisePass<Acc, Laid>, Laid>;
-  using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells>;
+  using Shared = genkern::Shared<Acc, Facts::kElementwise ? kRowCells : kMaxCells,
+                                 kLayout == Layout::permuted ? kThreads / kWarp : kMaxRows>;
   static constexpr int kVec = kVec_, kHs = Facts::kHs, kOuts = Facts::kOuts;
   // Of any pass with elementwise coefficients, two where the registers suffice for them.
   static constexpr int kBlocks = Facts::kElementwise && !Facts::kWhole && kVec == 4 && sizeof(Acc) == 4

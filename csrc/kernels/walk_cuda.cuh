@@ -120,20 +120,20 @@ __device__ __forceinline__ void walk_tiles(const typename V::Pass& pass, typenam
   using Acc = typename V::Acc;
   constexpr int kVectors = kTile / kThreads / V::kVec, kQuads = kTile / kThreads / 4;
   __shared__ __align__(16) float tile[kTile];
-  const int64_t b = sample_of_thread();
+  const int64_t b = group_of_block();  // of one sample
   const int64_t along = pass.sizes[pass.quad];
   const uint32_t run = static_cast<uint32_t>(pass.run), run_bytes = 4 * run;
-  uint32_t number = blockIdx.x * static_cast<uint32_t>(pass.chunks);
-  const uint32_t left = pass.tiles - number, after = number + (left < pass.chunks ? left : pass.chunks);
+  const auto most = static_cast<uint32_t>(pass.chunks), number = blockIdx.x * most;
+  uint32_t left = pass.tiles - number < most ? pass.tiles - number : most;
   uint32_t outer = number / pass.tiles_along;
   int64_t pixel = static_cast<int64_t>(number - outer * pass.tiles_along) * pass.pixels;
   int64_t begin = (outer * along + pixel) * run, row = index_of(pass, outer, 0, pass.quad - 1);
-  int size = 0;
-  const auto offset = [](int k) { return (k * kThreads + static_cast<int>(threadIdx.x)) * V::kVec; };
+  uint32_t size = 0;
+  const auto offset = [](uint32_t k) { return (k * kThreads + threadIdx.x) * V::kVec; };
   // Whole vectors' loads are in flight while the noise is drawn.
   V vectors[V::Facts::kWhole ? kVectors : 1];
   const auto fetch = [&] {
-    size = static_cast<int>(along - pixel < pass.pixels ? along - pixel : pass.pixels) * pass.run;
+    size = static_cast<uint32_t>(along - pixel < pass.pixels ? along - pixel : pass.pixels) * run;
     if constexpr (V::Facts::kWhole) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) vectors[k].fetch(pass, b, begin + offset(k), begin + size);
@@ -156,10 +156,10 @@ __device__ __forceinline__ void walk_tiles(const typename V::Pass& pass, typenam
         four + (one_faster ? c * stride : static_cast<uint32_t>(index_of(pass, c, pass.quad + 1, pass.ndim - 1) / 4));
   }
   for (;;) {
-    const auto first = static_cast<uint32_t>((row + pixel) / 4);
+    const auto first = static_cast<uint32_t>(static_cast<uint64_t>(row + pixel) >> 2);
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      if (q * kThreads + static_cast<int>(threadIdx.x) >= size / 4) break;
+      if (q * kThreads + threadIdx.x >= size / 4) break;
       const Floats4 z = quads(first + from[q]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) *reinterpret_cast<float*>(in_banks(tile, to[q] + i * run_bytes)) = z.v[i];
@@ -178,7 +178,7 @@ __device__ __forceinline__ void walk_tiles(const typename V::Pass& pass, typenam
         }
       });
     }
-    if (++number == after) return;
+    if (--left == 0) return;
     __syncthreads();  // before the tile is written again
     begin += size;
     pixel += pass.pixels;
