@@ -19,8 +19,8 @@ struct Quads {
       keys = pass.keys;
       draw = source.draw;
       if (source.device_key != nullptr) {
-        // Said to be one number a warp, keys stay in uniform registers, of which there are enough: 20 of each thread's
-        // would cost a quarter of the warps.
+        // Said to be one number a warp, keys stay in uniform registers, of which there are enough: with 20 of each
+        // thread's a multiprocessor holds four blocks instead of five.
         const int64_t* const key = source.device_key;
         const PhiloxKey own = philox_key(static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1]));
         keys = philox_rounds({__shfl_sync(kWholeWarp, own.k0, 0), __shfl_sync(kWholeWarp, own.k1, 0)});
