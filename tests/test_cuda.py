@@ -41,6 +41,30 @@ def test_map_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
     assert torch.equal(step("cpu"), step("cuda"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_noise_over_many_tiles_of_channels_last_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
+    """12880 tiles, three of which a block takes; the last of a sample, and of a block's three, are not whole."""
+    shape = (40, 5, 512, 512)
+    x = torch.linspace(-3.0, 3.0, 40 * 5 * 512 * 512).to(dtype).reshape(shape)
+    x = x.contiguous(memory_format=torch.channels_last)
+    noise = gk.Noise(seed=9, stream=2)
+    cpu = gk.ops.add_noise(x, 0.8, 0.6, noise=noise)
+    assert torch.equal(cpu, gk.ops.add_noise(x.cuda(), 0.8, 0.6, noise=noise).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_loss_is_the_same_with_a_gradient_to_come_and_without(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """2^25 elements, of which a block takes several chunks: the sum is the same tree whether the residual is written."""
+    x, m = (torch.randn((128, 4, 256, 256), device="cuda").to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    terms = {"x_coef": 1.0, "noise_coef": -1.0, "noise": gk.Noise(seed=4)}
+    with torch.no_grad():
+        without = gk.ops.path_loss(m, x, **terms)
+    assert torch.equal(gk.ops.path_loss(m.requires_grad_(), x, **terms).detach(), without)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("order", ["plain", "channels_last", "halves"])
 def test_elementwise_terms_have_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype, order: str) -> None:

@@ -33,6 +33,11 @@ METRICS = {
     "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "integer pipe",
     "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active": "multiply-add pipes",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+    # Of a scheduler: warps that could issue in a cycle, and those that wait while one instruction is issued.
+    "smsp__warps_eligible.avg.per_cycle_active": "eligible warps",
+    "smsp__average_warps_issue_stalled_dispatch_stall_per_issue_active.ratio": "waiting for dispatch",
+    "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio": "waiting for a pipe",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "waiting for memory",
     "launch__registers_per_thread": "registers",
     "smsp__inst_executed.sum": "instructions",
     "dram__bytes.sum": "bytes",

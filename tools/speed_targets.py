@@ -175,6 +175,10 @@ def of_cpu(result: Row) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
+def _brief(reading: float) -> str:
+    return f"{reading:.0f}" if reading >= 10.0 else f"{reading:.1f}"
+
+
 def tables() -> str:
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*.json"), key=lambda p: "cuda" not in p.stem):
@@ -196,12 +200,14 @@ def tables() -> str:
         lines += [
             f"### Counters, {result['machine']['name']}",
             "",
-            "us and registers as they are, the others in percent of what the device can sustain.",
+            "us and registers as they are; from eligible warps on, warps of a scheduler: those that could issue in a "
+            "cycle, and those that wait while one instruction is issued. The others in percent of what the device can "
+            "sustain.",
             "",
         ]
         lines += ["| pass | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
         for name, found in result["passes"].items():
-            lines.append(f"| {name} | " + " | ".join(f"{found[m]:.0f}" for m in metrics) + " |")
+            lines.append(f"| {name} | " + " | ".join(_brief(found[m]) for m in metrics) + " |")
         lines += ["", f"![Roofline, {result['machine']['name']}](../{picture})", ""]
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ constexpr uint32_t kReduceTerms[] = {
 constexpr uint32_t kReducePermutedTerms[] = {residual(M | kDrawn), residual(X | M | kDrawn)};
 
 // Types of a known pass. mixed: a float32 state and a network's output of 16 bits; h and further outputs of either.
-// half: 16 bits everywhere; bf16, f16: all of that one type, where a pass is bound by its instructions.
+// half: 16 bits everywhere. bf16, f16: all of that one type, of passes that draw; a mix of both is no known pass there.
 enum class Types { f32, mixed, half, bf16, f16 };
 
 constexpr bool are_halves(Types types) { return types == Types::half || types == Types::bf16 || types == Types::f16; }
@@ -153,6 +153,12 @@ struct Typed : Asked<kMostHs, kMostOuts>, Fixed<kTypes, kReduced> {
   static constexpr int blocks(bool) { return kMostHs > 1 && kDraws ? 2 : 3; }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;  // of 256 threads: Turing's multiprocessors hold 1024
+#else
+constexpr int kMostResident = 5;
+#endif
+
 template <uint32_t kTerms, Types kTypes>
 struct Known : Fixed<kTypes, (kTerms & kResidual) != 0> {
   static constexpr bool kCopied = true, kDraw = (kTerms & kDrawn) != 0;
@@ -178,7 +184,7 @@ struct Known : Fixed<kTypes, (kTerms & kResidual) != 0> {
                      (!tile                ? 0
                       : are_halves(kTypes) ? 1
                                            : 1 + kInputsGiven);
-    return !kDraw ? 1 : held > 7 ? 2 : held > 5 ? 3 : held > 3 || kUnroll > 1 ? 4 : 5;
+    return !kDraw ? 1 : held > 7 ? 2 : held > 5 ? 3 : held > 3 || kUnroll > 1 ? 4 : kMostResident;
   }
 
   template <typename Pass>

@@ -259,15 +259,16 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
 constexpr int64_t kManyBlocks = 4096;
 
 // Chunks that a block gains by: where a scale is 1 blocks have nothing to do; a formula is evaluated once a block;
-// where normals are bound by arithmetic, in halves and where nothing is read or nothing written, what a block does
-// before its first chunk and after its last counts; elsewhere short blocks keep the memory busier than long ones.
-inline int most_chunks(const MapArgs& args, int vec) {
+// where normals are bound by arithmetic, in halves, in noise alone and in a loss that writes nothing, what a block does
+// before its first chunk and after its last counts; elsewhere short blocks keep the memory busier than long ones. A
+// loss takes as many whether it writes or not, so that its value is the same.
+inline int most_chunks(const MapArgs& args, int vec, bool reduces) {
   if (args.scales_in_place() || args.rows.formula != Formula::none) return 16;
   if (args.noise.draw_kind == Draw::none) return 1;
   if (vec == 8) return 8;
   bool reads = false;
   for (const Array& in : args.in) reads = reads || in.data != nullptr;
-  return reads && args.out[0].data != nullptr ? 2 : 4;
+  return reduces || !reads ? 4 : 2;
 }
 
 // Tiles that a block gains by: as many as chunks of halves, since what a thread finds out before its first is much.

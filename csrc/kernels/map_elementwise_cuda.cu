@@ -21,7 +21,7 @@ struct MapElementwise {
   template <typename V>
   void launch() const {
     typename V::Pass pass{};
-    const Launch laid = lay<V>(args, walk, most_chunks(args, V::kVec), pass);
+    const Launch laid = lay<V>(args, walk, most_chunks(args, V::kVec, /*reduces=*/false), pass);
     map_elementwise_kernel<V><<<laid.grid, laid.block, 0, stream>>>(pass);
   }
 };

@@ -1,7 +1,7 @@
 // A pass on the device: its arguments, how it is laid over blocks, and what the threads of a block share.
 //
 // A block is tx threads along a sample by ty samples. A thread takes kUnroll vectors of kVec elements, tx vectors
-// apart: a chunk; a block takes the row, and the keys of the noise, for several chunks in turn.
+// apart: a chunk; a block takes the row for several chunks in turn.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kMaxRows = 64;  // samples a block
-constexpr int kTile = 4096;   // elements of a permuted walk that a block takes
+constexpr int kTile = 4096;   // elements of a permuted walk that a block takes at once
 constexpr int kArrays = kInputs + kMaxOuts;
 
 template <typename Acc>
@@ -29,7 +29,7 @@ struct Pass {
   uint32_t given, aligned;  // bits, by array
   int64_t batch, n;
   int64_t blocks;  // along a sample
-  int32_t chunks;  // a block
+  int32_t chunks;  // a block; tiles of a permuted walk
   int32_t n_out;
   bool use_pred, by_sample;
   uint64_t in_row;       // bits, by cell: those that differ by sample; the others are in cells

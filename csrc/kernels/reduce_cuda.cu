@@ -128,7 +128,7 @@ struct Reduce {
     typename V::Pass pass{};
     // One block adds up what a sample's blocks have found: not too many of them.
     const int64_t long_sample = walk.n / (1024 * kThreads * V::kVec);
-    const int most = std::max(most_chunks(args.map, V::kVec), static_cast<int>(long_sample));
+    const int most = std::max(most_chunks(args.map, V::kVec, /*reduces=*/true), static_cast<int>(long_sample));
     const Launch laid = lay<V>(args.map, walk, most, pass);
     auto* partials = static_cast<double*>(args.workspace);
     const int64_t blocks = walk.n > 0 ? pass.blocks : 0;
@@ -166,7 +166,7 @@ struct Reduce {
 
 size_t reduce_workspace_cuda(const MapArgs& args) {
   const Walk walk = make_walk(args, /*keep_samples=*/true);
-  // Of the kernels that may take the pass, the one with the most blocks: a vector a thread, a chunk a block.
+  // Of the kernels that may take the pass, the one with the most blocks: a vector a thread, a chunk or a tile a block.
   int64_t blocks = 0;
   int32_t chunks = 0;
   lay_chunks(walk.batch, walk.n, walk.linear ? vector_width(args) : 1, 1, 1, blocks, chunks);

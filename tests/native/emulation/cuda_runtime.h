@@ -100,7 +100,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() { swapcontext(&emulation::fibers[emulation::current].context, &emulation::scheduler); }
 inline void __syncwarp(unsigned = 0) { __syncthreads(); }
 
-// A warp's number from its first lane, of one that all lanes have.
+// A number of one lane, where all lanes have the same: fibers do not exchange any.
 inline uint32_t __shfl_sync(unsigned, uint32_t value, int) { return value; }
 
 namespace emulation {
