@@ -54,10 +54,8 @@ def test_noise_over_many_tiles_of_channels_last_has_the_same_bits_on_cpu_and_cud
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_loss_is_the_same_with_a_gradient_to_come_and_without(
-    dtype: torch.dtype, layout: torch.memory_format
-) -> None:
-    """2^25 elements, of which a block takes several chunks: the sum is the same tree whether the residual is written."""
+def test_a_loss_is_the_same_whether_a_gradient_is_to_come(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """2^25 elements, of which a block takes several chunks: the tree of the sum is that of a written residual."""
     x, m = (torch.randn((128, 4, 256, 256), device="cuda").to(dtype).contiguous(memory_format=layout) for _ in range(2))
     terms = {"x_coef": 1.0, "noise_coef": -1.0, "noise": gk.Noise(seed=4)}
     with torch.no_grad():

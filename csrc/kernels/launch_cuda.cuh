@@ -258,17 +258,17 @@ void fill(const MapArgs& args, const Walk& walk, int vec, Pass<Acc>& pass) {
 // tree of a sum is the same on every device.
 constexpr int64_t kManyBlocks = 4096;
 
-// Chunks that a block gains by: where a scale is 1 blocks have nothing to do; a formula is evaluated once a block;
-// where normals are bound by arithmetic, in halves, in noise alone and in a loss that writes nothing, what a block does
-// before its first chunk and after its last counts; elsewhere short blocks keep the memory busier than long ones. A
-// loss takes as many whether it writes or not, so that its value is the same.
+// Chunks that a block gains by. Where a scale is 1 blocks have nothing to do, and a formula is evaluated once a block.
+// Where noise is drawn, what a block does before its first chunk and after its last counts the more, the more a pass is
+// bound by arithmetic: in noise alone, in a loss, with an exponential, and in halves; elsewhere short blocks keep the
+// memory busier than long ones. A loss takes as many whether it writes or not, so that its value is the same.
 inline int most_chunks(const MapArgs& args, int vec, bool reduces) {
   if (args.scales_in_place() || args.rows.formula != Formula::none) return 16;
   if (args.noise.draw_kind == Draw::none) return 1;
-  if (vec == 8) return 8;
   bool reads = false;
   for (const Array& in : args.in) reads = reads || in.data != nullptr;
-  return reduces || !reads ? 4 : 2;
+  const int most = reduces || !reads || args.in[kV].data != nullptr ? 4 : 2;
+  return vec == 8 ? 2 * most : most;
 }
 
 // Tiles that a block gains by: as many as chunks of halves, since what a thread finds out before its first is much.

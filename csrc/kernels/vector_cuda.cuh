@@ -60,20 +60,26 @@ struct Lying {
   __device__ __forceinline__ Acc operator[](int k) const { return (in_row >> k & 1u) != 0 ? row[k] : own[k]; }
 };
 
-// A pass's cells where a number of a cell stands as it is, to be scaled by the pass's own: each thread asks for those
-// that it uses at once, and for its vectors beside them. Through shared memory a warp would wait three times in the
+// The numbers of a sample where they stand, by cell, or 1: a thread asks for all that it uses, beside its vectors,
+// before it scales the first of them by the pass's own cell. Through shared memory a warp would wait three times in the
 // same queue, to load, to store and to load again.
 template <typename Acc>
 struct Direct {
   const float* const* numbers;
-  const Acc* own;
   uint64_t along;
   int64_t b;
 
   __device__ __forceinline__ Acc operator[](int k) const {
     const float* const number = numbers[k];
-    return number != nullptr ? own[k] * static_cast<Acc>(number[(along >> k & 1u) != 0 ? b : 0]) : own[k];
+    return number != nullptr ? static_cast<Acc>(number[(along >> k & 1u) != 0 ? b : 0]) : Acc(1);
   }
+};
+
+template <typename Acc>
+struct Products {
+  const Acc *a, *b;
+
+  __device__ __forceinline__ Acc operator[](int k) const { return a[k] * b[k]; }
 };
 
 // The cells that a known pass uses, in registers.
@@ -86,7 +92,8 @@ struct Cells {
     const Lying<Acc> lying(Facts(), pass, shared);
     if constexpr (std::is_base_of_v<LinearPass<Acc>, P>) {
       if (pass.direct) {
-        copy(pass, Direct<Acc>{pass.numbers, lying.own, pass.along, b < pass.batch ? b : 0});
+        copy(pass, Direct<Acc>{pass.numbers, pass.along, b < pass.batch ? b : 0});
+        copy(pass, Products<Acc>{lying.own, c});
         return;
       }
     }
