@@ -43,7 +43,7 @@ def test_map_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_noise_over_many_tiles_of_channels_last_has_the_same_bits_on_cpu_and_cuda(dtype: torch.dtype) -> None:
-    """12880 tiles, three of which a block takes; the last of a sample, and of a block's three, are not whole."""
+    """12880 tiles, of which a block takes three; a sample ends with a tile that is not whole, in a block of one."""
     shape = (40, 5, 512, 512)
     x = torch.linspace(-3.0, 3.0, 40 * 5 * 512 * 512).to(dtype).reshape(shape)
     x = x.contiguous(memory_format=torch.channels_last)
