@@ -200,8 +200,8 @@ def tables() -> str:
         lines += [
             f"### Counters, {result['machine']['name']}",
             "",
-            "us and registers as they are. Eligible and waiting warps are those of a scheduler, in a cycle and while one "
-            "instruction is issued. The others in percent of what the device can sustain.",
+            "us and registers as they are. Eligible and waiting warps are those of a scheduler, in a cycle and while "
+            "one instruction is issued. The others in percent of what the device can sustain.",
             "",
         ]
         lines += ["| pass | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
