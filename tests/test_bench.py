@@ -151,6 +151,41 @@ def test_contenders_are_timed_in_turns():
     assert all(t.samples == 4 and t.least <= t.low <= t.median <= t.high <= t.most for t in found.values())
 
 
+@pytest.mark.parametrize(("fills", "late", "writes"), [(2, 0, 2), (2, 2, 2 + 4 + 8), (2, 9, 2 + 4 + 8 + 16), (1, 9, 1)])
+def test_a_call_that_the_host_enqueued_late_is_timed_again(
+    fills: int, late: int, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After twice as many writes each time; the last time counts. A call that is not to be waited for is timed once."""
+
+    made = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            made.append(self)
+            self.number = len(made)
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return self.number // 2 < late
+
+        def elapsed_time(self, end: "Event") -> float:
+            return float(end.number)
+
+    class Flush:
+        written = 0
+
+        def zero_(self) -> None:
+            self.written += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    flush, calls = Flush(), []
+    seconds = timing._device(lambda: calls.append(0), flush, fills)
+    assert (flush.written, seconds) == (writes, 2e-3 * len(calls))
+
+
 def test_times_are_the_median_and_quartiles():
     seconds = [5.0, 1.0, 3.0, 2.0, 4.0]
     found = timing.Times.of(seconds)
