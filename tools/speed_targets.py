@@ -200,8 +200,9 @@ def tables() -> str:
         lines += [
             f"### Counters, {result['machine']['name']}",
             "",
-            "us and registers as they are. Eligible and waiting warps are those of a scheduler, in a cycle and while "
-            "one instruction is issued. The others in percent of what the device can sustain.",
+            "us and registers as they are. Eligible warps are a scheduler's in a cycle, waiting ones a scheduler's for "
+            "each instruction issued: times the issue slots they are those of a cycle. The others in percent of what "
+            "the device can sustain.",
             "",
         ]
         lines += ["| pass | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]

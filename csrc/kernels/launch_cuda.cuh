@@ -271,7 +271,7 @@ inline int most_chunks(const MapArgs& args, int vec, bool reduces) {
   return vec == 8 ? 2 * most : most;
 }
 
-// Tiles that a block gains by: as many as chunks of halves, since what a thread finds out before its first is much.
+// Tiles that a block gains by, in every type: what a thread finds out before its first is much.
 constexpr int kMostTiles = 8;
 
 // Of so many chunks a group of samples, and so many groups: those of a block.

@@ -168,7 +168,7 @@ def timed(case: Case, world: World, setup: Setup) -> dict[str, timing.Times]:
     if case.moved is not None:
         source, target = world.state("x"), world.state("copied")
         runs[COPY] = lambda: target.copy_(source)
-    return timing.measure(runs, setup.device, setup.repeats, setup.seconds)
+    return timing.measure(runs, setup.device, setup.repeats, setup.seconds, loop=case.kind == "loop")
 
 
 def row_of(case: Case, agreement: dict[str, float], times: dict[str, timing.Times]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 On CUDA a time is that of the device, between two events around one call, with the cache emptied before it: a tensor of
 FLUSH bytes is written, and again until the device is busy for longer than the host needs to enqueue the call, so that
 no gap between its kernels is the host's; if the device began before the host was done, the call is timed again, up to
-RETRIES times, after twice as many writes. (A call that the host enqueues for more than LONG, a loop, is timed with what
-the host adds.) The host's time is taken apart: calls in a row, not waited for. On the CPU a time is the wall's; calls
-shorter than SHORT are repeated.
+RETRIES times, after twice as many writes each time, and the last time counts. (Contenders of a loop that the host
+enqueues for more than SHORT, those without a graph, are timed with what the host adds.) The host's time is taken apart:
+calls in a row, not waited for. On the CPU a time is the wall's; calls shorter than SHORT are repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .world import Run
 
 FLUSH = 256 << 20  # bytes, more than any cache
 SHORT = 1e-3  # seconds
-LONG = 4e-3  # seconds
 SLOW = 0.2  # seconds: on the CPU, such calls are warmed up once, others twice
 WARM_UP = 2  # calls on CUDA
 HOST_CALLS = 20
@@ -62,15 +61,18 @@ class Times:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
-def measure(runs: Mapping[str, Run], device: torch.device, repeats: int, budget: float) -> dict[str, Times]:
+def measure(
+    runs: Mapping[str, Run], device: torch.device, repeats: int, budget: float, loop: bool = False
+) -> dict[str, Times]:
     """Times of every run, interleaved.
 
     Args:
         runs: callables without arguments, each called once or twice before.
         repeats: rounds at most.
         budget: seconds after which no further round begins, once there were LEAST_ROUNDS of them.
+        loop: whether the host's part counts on CUDA too, where it is more than SHORT.
     """
-    return _on_cuda(runs, device, repeats, budget) if device.type == "cuda" else _on_cpu(runs, repeats, budget)
+    return _on_cuda(runs, device, repeats, budget, loop) if device.type == "cuda" else _on_cpu(runs, repeats, budget)
 
 
 def _on_cpu(runs: Mapping[str, Run], repeats: int, budget: float) -> dict[str, Times]:
@@ -97,7 +99,9 @@ def _wall(run: Run, calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _on_cuda(runs: Mapping[str, Run], device: torch.device, repeats: int, budget: float) -> dict[str, Times]:
+def _on_cuda(
+    runs: Mapping[str, Run], device: torch.device, repeats: int, budget: float, loop: bool
+) -> dict[str, Times]:
     with torch.cuda.device(device):
         flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
         for run in runs.values():
@@ -105,7 +109,7 @@ def _on_cuda(runs: Mapping[str, Run], device: torch.device, repeats: int, budget
                 run()
         torch.cuda.synchronize()
         peaks = {name: _peak(run) for name, run in runs.items()}
-        fills = _fills(runs, flush)
+        fills = _fills(runs, flush, loop)
         found: dict[str, list[float]] = {name: [] for name in runs}
         hosts: dict[str, list[float]] = {name: [] for name in runs}
         begin = time.perf_counter()
@@ -119,21 +123,21 @@ def _on_cuda(runs: Mapping[str, Run], device: torch.device, repeats: int, budget
         return {name: Times.of(found[name], statistics.median(hosts[name]), peaks[name]) for name in runs}
 
 
-def _fills(runs: Mapping[str, Run], flush: torch.Tensor) -> dict[str, int]:
-    """How often flush is written before a run: for twice the time that the host takes, where that is not LONG."""
+def _fills(runs: Mapping[str, Run], flush: torch.Tensor, loop: bool) -> dict[str, int]:
+    """How often flush is written before a run: for twice the time that the host takes, or once where that counts."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     flush.zero_()
     end.record()
     end.synchronize()
     one = float(start.elapsed_time(end)) * 1e-3
-    found = {}
+    seconds = {}
     for name, run in runs.items():
         torch.cuda.synchronize()
-        seconds = _wall(run, 1)
-        found[name] = 1 + (math.ceil(2.0 * seconds / one) if seconds < LONG else 0)
+        seconds[name] = _wall(run, 1)
     torch.cuda.synchronize()
-    return found
+    counts = SHORT if loop else math.inf
+    return {name: 1 if taken > counts else 1 + math.ceil(2.0 * taken / one) for name, taken in seconds.items()}
 
 
 def _device(run: Run, flush: torch.Tensor, fills: int) -> float:
